@@ -1,0 +1,54 @@
+"""Fine-tunes PaliGemma: one process of the job, or all of it on one machine.
+
+    python -m launch.train --config=configs/demo.py --workdir=runs/demo
+    python -m launch.train --config=configs/demo.py --workdir=runs/demo --config.steps=100 --fake_devices=8
+
+Goes on from the newest checkpoint in the workdir. Exit codes: 0 finished, 1 a bug, 2 bad command line or config, 3 bad data
+or weights, 4 diverged, 42 stopped with its state saved, 43 a peer was lost.
+"""
+
+from __future__ import annotations
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from launch import entry
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Python file with get_config(); fields: --config.a.b=VALUE."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, report.")
+_FORK = flags.DEFINE_bool("fork", False, "Go on in a workdir that a run of another config began.")
+_FAKE_DEVICES = flags.DEFINE_integer(
+    "fake_devices", None, "Simulate so many devices on the CPU.", lower_bound=1
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, in a job of several processes."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes in the job.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.", lower_bound=0)
+
+
+def main() -> None:
+    """Reads the flags, joins the job, trains."""
+    entry.require("config", "workdir")
+    if _FAKE_DEVICES.value is not None:
+        entry.simulate_devices(_FAKE_DEVICES.value)
+    from pgdist import cluster
+    from pgdist.finetune import finetune
+
+    cluster.join(
+        coordinator=_COORDINATOR.value, num_processes=_NUM_PROCESSES.value, process_id=_PROCESS_ID.value
+    )
+    with cluster.StopRequest() as stop:
+        done = finetune(
+            _CONFIG.value, workdir=_WORKDIR.value, should_stop=stop.is_requested, fork=_FORK.value
+        )
+    for name, value in done.metrics.items():
+        logging.info("%s: %.4f", name, value)
+    logging.info("Report: %s/report.html", _WORKDIR.value)
+    cluster.leave()
+
+
+if __name__ == "__main__":
+    entry.run(main, name="train", usage=__doc__)

@@ -1,0 +1,100 @@
+"""Joining and leaving a job of one or several processes, and hearing that it is to stop.
+
+One process needs none of JAX's distributed service; several need `join` before anything touches a device.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+import jax
+from absl import logging
+from jax.experimental import multihost_utils
+
+from pgdist.errors import ConfigError
+
+
+def join(*, coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Joins the job at coordinator "host:port" as process `process_id` of `num_processes`; nothing when all are None.
+
+    Raises ConfigError when only some are given or they cannot be true.
+    """
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return
+    if missing:
+        raise ConfigError(
+            f"--{' and --'.join(missing)} missing: a job of several processes needs --coordinator=HOST:PORT, "
+            "--num_processes=N and, different in each process, --process_id=0..N-1."
+        )
+    assert coordinator is not None and num_processes is not None and process_id is not None
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"--coordinator: expected HOST:PORT, found {coordinator!r}.")
+    if not 0 <= process_id < num_processes:
+        raise ConfigError(f"--process_id: expected 0 to {num_processes - 1} (--num_processes={num_processes}), found {process_id}.")
+    jax.distributed.initialize(coordinator, num_processes, process_id)
+    logging.info("Joined the job at %s as process %d of %d.", coordinator, process_id, num_processes)
+
+
+def leave() -> None:
+    """Leaves the job together with all its processes; nothing for a job of one."""
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+
+
+def is_primary() -> bool:
+    """Whether this process writes what the job has only one of."""
+    return jax.process_index() == 0
+
+
+def all_agree(value: bool) -> bool:
+    """Whether the value is true in every process; all must call it."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.process_allgather(value).all())
+
+
+def barrier(name: str) -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+class StopRequest:
+    """SIGTERM or SIGINT asks the job to save and stop; a context manager that puts the old handlers back.
+
+    A job of several processes relies on JAX's preemption service instead, which makes all of them stop at the same step:
+    a handler of our own would silence it.
+    """
+
+    def __init__(self) -> None:
+        self._signal: signal.Signals | None = None
+        self._old_handlers: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        if not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old_handlers[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def is_requested(self, step: int) -> bool:
+        """Whether to stop after `step` updates; the same in every process, which all must ask at every step."""
+        if jax.distributed.is_initialized():
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._signal is not None
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self._signal = signal.Signals(number)
+        # A second signal must end a job that cannot reach its next step.
+        signal.signal(number, signal.SIG_DFL)

@@ -1,0 +1,144 @@
+"""Every field of a run's config with its default, and the check that a config makes sense before anything is read.
+
+A config file defines `get_config()`, which starts from `default_config()` and changes what its task needs. Any field can be
+overridden on the command line: `--config.optimizer.learning_rate=0.01`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from pgdist.errors import ConfigError
+from pgdist.models.presets import PRESETS
+from pgdist.models.remat import REMAT_POLICIES
+from pgdist.train.optimizer import OPTIMIZERS, SCHEDULES
+
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def default_config() -> ConfigDict:
+    """A fresh, locked ConfigDict of all fields; `model.preset`, `init`, `tokenizer` and `data.train` are the user's to set."""
+    c = ConfigDict()
+    c.seed = 0  # order of examples, choice among suffixes, initial weights
+    c.steps = 64
+    c.batch_size = 8  # global: all processes and devices together
+    c.init = ""  # weights to start from: an npz in the published layout; "" starts from random ones
+    c.tokenizer = ""  # a SentencePiece model
+    c.export = True  # write the trained model to WORKDIR/model.npz at the end
+    c.patience = 3  # steps in a row that may have a non-finite loss or gradient; they change nothing
+
+    c.model = ConfigDict()
+    c.model.preset = "paligemma-3b-224"
+    c.model.image_dtype = "bfloat16"  # what each tower computes in
+    c.model.text_dtype = "bfloat16"
+    c.model.final_logits_softcap = 0.0  # 0: none, which transfers better (PaliGemma 2 paper)
+    c.model.remat = "none"  # what the backward pass recomputes: none, dots (all but matmuls of weights), full
+
+    # Which parameters train: the first regex that matches a whole name gives its learning-rate scale, 0 freezes it.
+    c.trainable = (("llm/layers/attn/.*", 1.0), (".*", 0.0))
+    c.frozen_dtype = "bfloat16"  # what frozen parameters are kept in; trainable ones are float32, always
+
+    c.data = ConfigDict()
+    c.data.train = ""  # JSONL with `image`, `prefix`, `suffix`; images are found beside it
+    c.data.validation = ""  # likewise; "" for no evaluation
+    c.data.prefix = config_dict.placeholder(str)  # instead of each record's prefix
+    c.data.lowercase = False  # lower-case the suffixes
+    c.data.text_length = 128  # tokens of prefix, suffix and their marks; longer texts are cut and counted
+    c.data.max_scored_positions = 0  # suffix tokens scored in each example, 0: all
+    c.data.max_bad_share = 0.01  # of unreadable records among all; above it the job ends
+    c.data.workers = 0  # processes that load; 0 loads in threads
+
+    c.optimizer = ConfigDict()
+    c.optimizer.name = "sgd"
+    c.optimizer.learning_rate = 0.03
+    c.optimizer.momentum = 0.9
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.999
+    c.optimizer.eps = 1e-8
+    c.optimizer.clip_norm = 0.0  # largest global norm of the gradients, 0: any
+    c.optimizer.weight_decay = 0.0  # a step, not multiplied by the learning rate
+    c.optimizer.weight_decay_on = ".*/kernel"  # as published: this names arrays of the image tower only
+
+    c.schedule = ConfigDict()
+    c.schedule.name = "cosine"
+    c.schedule.warmup = 0.1  # share of the steps
+    c.schedule.cooldown = 0.0  # share of the steps
+    c.schedule.end = 0.0  # of "linear", as a share of the base rate
+
+    c.loss = ConfigDict()
+    c.loss.label_smoothing = 0.0
+
+    c.mesh = ConfigDict()
+    c.mesh.data = 1  # devices that hold different rows and equal parameters
+    c.mesh.fsdp = -1  # devices that split parameters among them; -1: all that are left
+
+    c.eval = ConfigDict()
+    c.eval.every = 16  # steps; 0: only at the end
+    c.eval.examples = 4  # the first of the validation data, decoded at each evaluation
+    c.eval.final_examples = 0  # decoded before the first step and after the last; 0: all
+    c.eval.max_new_tokens = 64
+    c.eval.metric = "exact_match"
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 16  # steps
+    c.checkpoint.keep = 2  # newest ones
+    return c.lock()
+
+
+def validate_config(config: ConfigDict) -> None:
+    """Raises ConfigError for a field that has a value no run can have; files are looked at where they are opened."""
+    _check_choices(config)
+    for field in ("steps", "batch_size", "data.text_length", "eval.max_new_tokens", "checkpoint.every", "checkpoint.keep"):
+        _check(config, field, lambda v: v >= 1, "at least 1")
+    for field in ("eval.every", "eval.examples", "eval.final_examples", "data.workers", "data.max_scored_positions", "patience"):
+        _check(config, field, lambda v: v >= 0, "0 or more")
+    for field in ("optimizer.learning_rate", "optimizer.clip_norm", "optimizer.weight_decay", "model.final_logits_softcap"):
+        _check(config, field, lambda v: 0 <= v < float("inf"), "0 or more")
+    for field in ("schedule.warmup", "schedule.cooldown", "data.max_bad_share"):
+        _check(config, field, lambda v: 0 <= v <= 1, "a share from 0 to 1")
+    for field in ("loss.label_smoothing", "optimizer.b1", "optimizer.b2", "optimizer.momentum"):
+        _check(config, field, lambda v: 0 <= v < 1, "at least 0 and below 1")
+    for field in ("tokenizer", "data.train"):
+        _check(config, field, bool, "a path")
+    _check(config, "data.text_length", lambda v: v >= 4, "at least 4: BOS, a prefix token, separator, a suffix token")
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """" Did you mean X?" for the likeliest of the candidates, or ""."""
+    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def get_field(config: ConfigDict, field: str) -> Any:
+    """The value at a dotted path."""
+    for part in field.split("."):
+        config = config[part]
+    return config
+
+
+def _check_choices(config: ConfigDict) -> None:
+    choices = {
+        "model.preset": tuple(PRESETS),
+        "model.image_dtype": FLOAT_DTYPES,
+        "model.text_dtype": FLOAT_DTYPES,
+        "frozen_dtype": FLOAT_DTYPES,
+        "model.remat": REMAT_POLICIES,
+        "optimizer.name": OPTIMIZERS,
+        "schedule.name": SCHEDULES,
+    }
+    for field, allowed in choices.items():
+        value = get_field(config, field)
+        if value not in allowed:
+            raise ConfigError(
+                f"config.{field}: expected one of {', '.join(allowed)}; found {value!r}.{nearest(str(value), allowed)}"
+            )
+
+
+def _check(config: ConfigDict, field: str, is_valid: Any, expected: str) -> None:
+    value = get_field(config, field)
+    if not is_valid(value):
+        raise ConfigError(f"config.{field}: expected {expected}, found {value!r}. Set it with --config.{field}=VALUE.")

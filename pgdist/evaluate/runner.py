@@ -1,0 +1,118 @@
+"""Evaluation of a train state: validation loss, and answers scored against the truth.
+
+Every process decodes its share and gets all answers, so that all come to the same numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from pgdist.data.jsonl import JsonlSource, Record
+from pgdist.data.loader import HostBatches, evaluation_batches
+from pgdist.data.tokenizer import Tokenizer
+from pgdist.decode.decoder import Decoder
+from pgdist.evaluate.metrics import Metric
+from pgdist.mesh import batch_sharding, host_rows, put_batch
+from pgdist.models.paligemma import PaliGemma
+from pgdist.parameters import merge
+from pgdist.train.objective import BatchLoss
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """An answer beside its example. score: 0 to 1 by the metric, None where there is no truth to score against."""
+
+    index: int
+    image: str
+    prefix: str
+    suffix: str | None
+    prediction: str
+    score: float | None
+    extra: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """What an evaluation needs besides parameters; batch_size is global and divides by the mesh's devices."""
+
+    model: PaliGemma
+    mesh: Mesh
+    source: JsonlSource
+    tokenizer: Tokenizer
+    text_length: int
+    batch_size: int
+    max_new_tokens: int
+    metric_name: str
+    metric: Metric
+    validation_step: Callable[[PyTree, PyTree, Mapping[str, jax.Array]], BatchLoss] | None = None
+
+    def validation_loss(self, trainable: PyTree, frozen: PyTree) -> dict[str, float]:
+        """{"loss": mean over examples in nats, "token_accuracy": of the likeliest token} over all examples."""
+        assert self.validation_step is not None
+        sharding = batch_sharding(self.mesh)
+        sums: BatchLoss | None = None
+        with self._batches(limit=None, prompt_only=False) as batches:
+            for batch in batches:
+                placed = put_batch(batch.arrays, sharding=sharding, batch_size=self.batch_size)
+                placed.pop("index")  # 64 bits wide, and nothing on the device needs it
+                found = self.validation_step(trainable, frozen, placed)
+                sums = found if sums is None else jax.tree.map(lambda a, b: a + b, sums, found)
+        total = jax.tree.map(float, sums)
+        return {
+            "loss": total.loss / max(1.0, total.examples),
+            "token_accuracy": total.correct_tokens / max(1.0, total.tokens),
+        }
+
+    def predict(self, trainable: PyTree, frozen: PyTree, *, limit: int | None = None) -> Iterator[Prediction]:
+        """Answers to all examples or the first `limit`, one each, in order; bad records have none."""
+        decoder = Decoder(
+            model=self.model,
+            mesh=self.mesh,
+            batch_size=self.batch_size,
+            max_new_tokens=self.max_new_tokens,
+            eos_id=self.tokenizer.eos_id,
+            pad_id=self.tokenizer.pad_id,
+        )
+        with self._batches(limit=limit, prompt_only=True) as batches:
+            for answer in decoder.decode_batches(merge(trainable, frozen), batches):
+                record = self.source[answer.index]
+                if answer.valid and isinstance(record, Record):
+                    yield self._prediction(answer.index, record, self.tokenizer.decode(answer.tokens))
+
+    def _prediction(self, index: int, record: Record, text: str) -> Prediction:
+        return Prediction(
+            index=index,
+            image=record.image,
+            prefix=record.prefix,
+            suffix=record.suffix,
+            prediction=text,
+            score=self.metric(text, record.suffixes) if record.suffixes else None,
+            extra=record.extra,
+        )
+
+    def _batches(self, *, limit: int | None, prompt_only: bool) -> HostBatches:
+        rows = host_rows(batch_sharding(self.mesh), self.batch_size)
+        return evaluation_batches(
+            source=self.source,
+            tokenizer=self.tokenizer,
+            image_size=self.model.config.image.image_size,
+            text_length=self.text_length,
+            batch_size=self.batch_size,
+            rows=rows.tolist(),
+            limit=limit,
+            prompt_only=prompt_only,
+        )
+
+
+def mean_score(predictions: list[Prediction]) -> float:
+    """Mean of the scores there are; NaN without any."""
+    scores = [p.score for p in predictions if p.score is not None]
+    return float(np.mean(scores)) if scores else float("nan")

@@ -1,0 +1,133 @@
+"""PaliGemma: image tokens in front of text tokens, one decoder over both, prefix-LM attention.
+
+The sequence is [N image tokens, T text tokens]. `mask_ar` (0 on image, prefix and separator, 1 on the suffix) says what
+may be seen: query q sees key k iff cumsum(mask_ar)[k] <= cumsum(mask_ar)[q] and k is not padding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from pgdist.models.gemma import Gemma, GemmaConfig, KVCache
+from pgdist.models.siglip import Siglip, SiglipConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PaliGemmaConfig:
+    """The image tower and the decoder that it feeds."""
+
+    image: SiglipConfig
+    text: GemmaConfig
+
+
+@flax.struct.dataclass
+class DecodingState:
+    """What decoding carries from token to token.
+
+    kv: [L, B, S, K, H].  visible: bool[B, S], slots that hold a real token.  position: int32[B], of the next token of
+    each row.  slot: int32[], where the next token of every row is written.
+    """
+
+    kv: KVCache
+    visible: jax.Array
+    position: jax.Array
+    slot: jax.Array
+
+
+def normalize_image(image: jax.Array) -> jax.Array:
+    """uint8[..., 3] in 0..255 -> float32 in -1..1."""
+    return image.astype(jnp.float32) / 127.5 - 1.0
+
+
+def prefix_lm_mask(mask_ar: jax.Array, input_mask: jax.Array) -> jax.Array:
+    """int[B, T], bool[B, T] -> bool[B, T, T]: True where query q (axis 1) sees key k (axis 2)."""
+    block = jnp.cumsum(mask_ar, axis=1)
+    return (block[:, None, :] <= block[:, :, None]) & input_mask.astype(bool)[:, None, :]
+
+
+class PaliGemma(nn.Module):
+    """The joined model. `__call__` scores text; `prefill` and `extend` decode it."""
+
+    config: PaliGemmaConfig
+
+    def setup(self) -> None:
+        self.img = Siglip(self.config.image)
+        self.llm = Gemma(self.config.text)
+
+    def __call__(
+        self, image: jax.Array, text: jax.Array, mask_ar: jax.Array, input_mask: jax.Array | None = None
+    ) -> jax.Array:
+        """float[B, S, S, 3] in -1..1, int[B, T], int[B, T], bool[B, T] -> float32[B, T, V] logits.
+
+        Logits at text position t score the token at t + 1.  input_mask: 0 on padding; None means no padding.
+        """
+        return self.llm.logits(self.hidden(image, text, mask_ar, input_mask))
+
+    def hidden(
+        self, image: jax.Array, text: jax.Array, mask_ar: jax.Array, input_mask: jax.Array | None = None
+    ) -> jax.Array:
+        """As `__call__`, but the final norm's outputs dtype[B, T, D] at the text positions."""
+        image_tokens = self.img(image)
+        n = image_tokens.shape[1]
+        if input_mask is None:
+            input_mask = jnp.ones(text.shape, bool)
+        x = jnp.concatenate([image_tokens.astype(self.config.text.dtype), self.llm.embed(text)], axis=1)
+        input_mask = jnp.pad(input_mask.astype(bool), ((0, 0), (n, 0)), constant_values=True)
+        mask_ar = jnp.pad(mask_ar, ((0, 0), (n, 0)))
+        hidden, _ = self.llm(
+            x,
+            positions=jnp.cumsum(input_mask, axis=1) - 1,
+            mask=prefix_lm_mask(mask_ar, input_mask),
+        )
+        return hidden[:, n:]
+
+    def prefill(
+        self, image: jax.Array, prompt: jax.Array, input_mask: jax.Array, *, max_new_tokens: int
+    ) -> tuple[jax.Array, DecodingState]:
+        """Reads image and prompt; returns the logits of the first new token, float32[B, V], and room for the rest.
+
+        prompt: int[B, P], right-padded.  input_mask: bool[B, P].  The cache has S = N + P + max_new_tokens slots.
+        """
+        image_tokens = self.img(image)
+        n = image_tokens.shape[1]
+        x = jnp.concatenate([image_tokens.astype(self.config.text.dtype), self.llm.embed(prompt)], axis=1)
+        visible = jnp.pad(input_mask.astype(bool), ((0, 0), (n, 0)), constant_values=True)
+        mask = jnp.broadcast_to(visible[:, None, :], (x.shape[0], x.shape[1], x.shape[1]))
+        hidden, kv = self.llm(x, positions=jnp.cumsum(visible, axis=1) - 1, mask=mask)
+        count = jnp.sum(visible, axis=1, dtype=jnp.int32)
+        # Rows are right-padded: the last real token, not the last slot, predicts the first new one.
+        last = jnp.take_along_axis(hidden, (count - 1)[:, None, None], axis=1)[:, 0]
+        room = ((0, 0), (0, 0), (0, max_new_tokens), (0, 0), (0, 0))
+        state = DecodingState(
+            kv=jax.tree.map(lambda a: jnp.pad(a, room), kv),
+            visible=jnp.pad(visible, ((0, 0), (0, max_new_tokens))),
+            position=count,
+            slot=jnp.asarray(x.shape[1], jnp.int32),
+        )
+        return self.llm.logits(last), state
+
+    def extend(self, token: jax.Array, state: DecodingState) -> tuple[jax.Array, DecodingState]:
+        """Reads one token of each row, int[B]; returns the next one's logits, float32[B, V], and the new state."""
+        visible = state.visible.at[:, state.slot].set(True)
+        hidden, kv = self.llm(
+            self.llm.embed(token[:, None]),
+            positions=state.position[:, None],
+            mask=visible[:, None, :],
+            cache=state.kv,
+            slot=state.slot,
+        )
+        state = DecodingState(kv=kv, visible=visible, position=state.position + 1, slot=state.slot + 1)
+        return self.llm.logits(hidden[:, 0]), state
+
+
+def parameter_shapes(config: PaliGemmaConfig) -> dict:
+    """The nested parameter tree as jax.ShapeDtypeStruct (float32), by shape evaluation alone."""
+    size = config.image.image_size
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    text = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return jax.eval_shape(PaliGemma(config).init, jax.random.key(0), image, text, text)["params"]

@@ -1,0 +1,159 @@
+"""The training loop: what happens at each step, in the order that keeps a run safe.
+
+Metrics are read one step late, so that the device always has the next step queued while the host looks at the last one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from pgdist.checkpoint import Checkpoints
+from pgdist.data.bad_records import BadRecordLog, BadShare
+from pgdist.data.loader import HostBatch
+from pgdist.errors import DivergedError, Preempted
+from pgdist.mesh import batch_sharding, put_batch
+from pgdist.telemetry import MetricWriter
+from pgdist.train.state import TrainState
+from pgdist.train.step import TrainStep
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loop:
+    """Everything a run's loop touches. Null objects stand for what a run does without.
+
+    batches: this process's rows of each step from `state.step` on.  evaluate: called with (updates made, state); returns
+    metrics.  should_stop: asked after every update, with the same answer in every process.  sequence_length: tokens that
+    the decoder reads an example, image and text.
+    """
+
+    step: TrainStep
+    frozen: PyTree
+    mesh: Mesh
+    batches: Iterator[HostBatch]
+    batch_size: int
+    total_steps: int
+    base_learning_rate: float
+    sequence_length: int
+    writer: MetricWriter
+    checkpoints: Checkpoints
+    checkpoint_every: int
+    evaluate: Callable[[int, TrainState], dict[str, float]]
+    evaluate_every: int
+    should_stop: Callable[[int], bool]
+    bad_records: BadRecordLog
+    bad_share: BadShare
+    patience: int
+
+    def run(self, state: TrainState) -> TrainState:
+        """Trains to `total_steps` updates; returns the last state.
+
+        Raises DivergedError after `patience` + 1 steps in a row that are not finite, DataError above the allowed share of
+        bad records, Preempted after a stop was asked for and the state saved.
+        """
+        first = int(state.step)
+        log = _StepLog(self)
+        for step in range(first, self.total_steps):
+            batch = self._next_batch(log)
+            state, metrics = self.step(state, self.frozen, batch)
+            log.add(step, metrics)
+            done = step + 1
+            stop = self.should_stop(done)
+            if stop or done % self.checkpoint_every == 0 or done == self.total_steps:
+                # Look at the loss, then save, and only then fetch the next batch: what is on disk is never a state whose
+                # loss nobody has seen.
+                log.flush()
+                self._save(done, state)
+            if stop:
+                self.checkpoints.wait()
+                raise Preempted(f"Stopped as asked after step {done} of {self.total_steps}; the state is saved: start again to go on.")
+            if done == self.total_steps or (self.evaluate_every and done % self.evaluate_every == 0):
+                log.flush()
+                started = time.perf_counter()
+                found = self.evaluate(done, state)
+                log.exclude(time.perf_counter() - started)
+                self.writer.write(done, found | {"time/evaluation_seconds": time.perf_counter() - started})
+        return state
+
+    def _next_batch(self, log: _StepLog) -> dict[str, jax.Array]:
+        started = time.perf_counter()
+        batch = next(self.batches)
+        log.data_wait_seconds = time.perf_counter() - started
+        log.truncated_rows = batch.truncated
+        for record in self.bad_records.add(batch.bad):
+            logging.warning("Bad record, its row is masked: %s", record)
+        arrays = {name: array for name, array in batch.arrays.items() if name != "index"}
+        return put_batch(arrays, sharding=batch_sharding(self.mesh), batch_size=self.batch_size)
+
+    def _save(self, step: int, state: TrainState) -> None:
+        started = time.perf_counter()
+        self.checkpoints.save(step, state)
+        self.writer.write(step, {"time/checkpoint_seconds": time.perf_counter() - started})
+
+
+class _StepLog:
+    """The metrics of the step before, waiting to be read while the device works on the next one."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._bad_steps = 0
+        self._last_read = time.perf_counter()
+        self.data_wait_seconds = 0.0
+        self.truncated_rows = 0
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Queues the metrics of a step that was just dispatched and reads those of the one before."""
+        self.flush()
+        host = {"time/data_wait_seconds": self.data_wait_seconds, "train/truncated_rows": float(self.truncated_rows)}
+        self._pending = step, {"device": metrics, "host": host}
+
+    def exclude(self, seconds: float) -> None:
+        """Takes time that was no training out of the next step's duration."""
+        self._last_read += seconds
+
+    def flush(self) -> None:
+        """Reads what is pending, which waits for that step; writes it and judges it."""
+        if self._pending is None:
+            return
+        step, pending = self._pending
+        self._pending = None
+        found = {name: float(np.asarray(value)) for name, value in pending["device"].items()}
+        now = time.perf_counter()
+        seconds, self._last_read = now - self._last_read, now
+        self._loop.writer.write(step + 1, self._describe(found, seconds) | pending["host"])
+        self._judge(step, found)
+
+    def _describe(self, found: dict[str, float], seconds: float) -> dict[str, float]:
+        loop = self._loop
+        return {
+            "train/loss": found["loss"],
+            "train/learning_rate": found["relative_rate"] * loop.base_learning_rate,
+            "train/grad_norm": found["grad_norm"],
+            "train/examples_per_second": found["examples"] / seconds,
+            "train/tokens_per_second": found["examples"] * loop.sequence_length / seconds,
+            "train/masked_rows": loop.batch_size - found["examples"],
+            "time/step_seconds": seconds,
+        }
+
+    def _judge(self, step: int, found: dict[str, float]) -> None:
+        loop = self._loop
+        loop.bad_share.add(masked_rows=loop.batch_size - round(found["examples"]), rows=loop.batch_size)
+        self._bad_steps = 0 if found["finite"] else self._bad_steps + 1
+        if self._bad_steps:
+            logging.warning("Step %d: loss %s, gradient norm %s; its update is left out.", step + 1, found["loss"], found["grad_norm"])
+        if self._bad_steps > loop.patience:
+            raise DivergedError(
+                f"Training diverged: loss or gradients were not finite in {self._bad_steps} steps in a row, up to step {step + 1} "
+                f"(loss {found['loss']}, gradient norm {found['grad_norm']}). Nothing of them was saved. Lower "
+                "config.optimizer.learning_rate or set config.optimizer.clip_norm, and start again from the last checkpoint."
+            )

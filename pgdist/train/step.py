@@ -1,0 +1,100 @@
+"""One training step and one validation step, jitted over the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from pgdist.mesh import batch_sharding, replicated
+from pgdist.models.paligemma import PaliGemma
+from pgdist.parameters import merge
+from pgdist.train.objective import BatchLoss, batch_loss
+from pgdist.train.state import TrainState
+
+PyTree = Any
+Batch = Mapping[str, jax.Array]
+TrainStep = Callable[[TrainState, PyTree, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_train_step(
+    model: PaliGemma,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[jax.Array], jax.Array],
+    *,
+    mesh: Mesh,
+    shardings: TrainState,
+    max_scored_positions: int = 0,
+    label_smoothing: float = 0.0,
+) -> TrainStep:
+    """step(state, frozen, batch) -> (state, metrics); the state is donated, frozen parameters are only read.
+
+    Metrics are float32[]: loss (mean over examples, nats), grad_norm (before clipping), relative_rate (of the schedule), examples
+    and tokens (unmasked rows and their scored tokens), finite (1 if loss and gradients were). A step that is not finite
+    changes nothing but the step counter.
+    """
+
+    def step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        def mean_loss(trainable: PyTree) -> tuple[jax.Array, BatchLoss]:
+            sums = batch_loss(
+                model,
+                merge(trainable, frozen),
+                batch,
+                num_devices=mesh.size,
+                max_scored_positions=max_scored_positions,
+                label_smoothing=label_smoothing,
+            )
+            return sums.loss / jnp.maximum(1.0, sums.examples), sums
+
+        (loss, sums), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.trainable)
+        grad_norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        rate = schedule(state.step)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+        trainable = jax.tree.map(lambda p, u: p - rate * u, state.trainable, updates)
+
+        def keep_finite(new: PyTree, old: PyTree) -> PyTree:
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        new_state = TrainState(
+            step=state.step + 1,
+            trainable=keep_finite(trainable, state.trainable),
+            opt_state=keep_finite(opt_state, state.opt_state),
+        )
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "relative_rate": rate,
+            "examples": sums.examples,
+            "tokens": sums.tokens,
+            "finite": finite.astype(jnp.float32),
+        }
+        return new_state, metrics
+
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(shardings, None, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+    )
+
+
+def make_validation_step(
+    model: PaliGemma, *, mesh: Mesh, max_scored_positions: int = 0
+) -> Callable[[PyTree, PyTree, Batch], BatchLoss]:
+    """validate(trainable, frozen, batch) -> sums over the batch, without label smoothing."""
+
+    def validate(trainable: PyTree, frozen: PyTree, batch: Batch) -> BatchLoss:
+        return batch_loss(
+            model,
+            merge(trainable, frozen),
+            batch,
+            num_devices=mesh.size,
+            max_scored_positions=max_scored_positions,
+        )
+
+    return jax.jit(validate, in_shardings=(None, None, batch_sharding(mesh)), out_shardings=replicated(mesh))

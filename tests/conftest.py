@@ -1,0 +1,61 @@
+"""Every test sees eight CPU devices, and none may leave a process behind.
+
+The variables are set before anything imports JAX, and only where the caller has not chosen otherwise.
+"""
+
+import os
+import uuid
+
+import psutil
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_xla_flags = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in _xla_flags:
+    os.environ["XLA_FLAGS"] = f"{_xla_flags} --xla_force_host_platform_device_count=8".strip()
+
+# Processes inherit this, so that one is recognised as ours even when the process between has ended.
+_MARK = "PGDIST_TEST_RUN"
+os.environ[_MARK] = uuid.uuid4().hex
+
+_SECONDS_TO_END = 3.0
+
+
+@pytest.fixture(autouse=True)
+def no_leaked_processes():
+    """Fails the test when processes that it started outlive it, and ends them."""
+    before = _our_processes()
+    yield
+    _, leaked = psutil.wait_procs(_our_processes() - before, timeout=_SECONDS_TO_END)
+    names = [f"{process.pid}: {' '.join(_command(process))}" for process in leaked]
+    for process in leaked:
+        process.kill()
+    if names:
+        pytest.fail("the test left processes running (now killed):\n  " + "\n  ".join(names))
+
+
+def _our_processes() -> set[psutil.Process]:
+    ours = set(psutil.Process().children(recursive=True))
+    ours.update(process for process in psutil.process_iter() if _is_marked(process))
+    ours.discard(psutil.Process())
+    return {process for process in ours if not _is_allowed(process)}
+
+
+def _is_marked(process: psutil.Process) -> bool:
+    try:
+        return process.environ().get(_MARK) == os.environ[_MARK]
+    except (psutil.Error, OSError):
+        return False  # another user's, or just gone
+
+
+def _is_allowed(process: psutil.Process) -> bool:
+    """Python's own helpers live as long as the process that wanted them first."""
+    helpers = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+    return any(helper in argument for helper in helpers for argument in _command(process))
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []

@@ -1,0 +1,491 @@
+"""The loader: the same rows whatever the hosts, workers and starting step; masked rows; nothing left running."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pgdist.data.jsonl import BadRecord, JsonlSource, Record
+from pgdist.data.loader import evaluation_batches, train_batches
+from pgdist.data.order import ExampleOrder
+from pgdist.data.text import encode_example
+from tests.data.conftest import TOKENIZER
+from tests.data.pictures import colour
+
+LENGTH = 24
+SIZE = 8
+FIELDS = {"image", "text", "mask_ar", "mask_loss", "mask_input", "weight", "index"}
+
+
+@pytest.fixture
+def train(tokenizer):
+    """train_batches with the tests' defaults, read to the end."""
+
+    def read(source, **options):
+        options = {"seed": 3, "batch_size": 8, "rows": range(8), "start_step": 0, "num_steps": 6, **options}
+        batches = train_batches(
+            source=source, tokenizer=tokenizer, image_size=SIZE, text_length=LENGTH, **options
+        )
+        with batches:
+            return list(batches)
+
+    return read
+
+
+@pytest.fixture
+def evaluate(tokenizer):
+    """evaluation_batches with the tests' defaults, read to the end."""
+
+    def read(source, **options):
+        options = {"batch_size": 8, "rows": range(8), **options}
+        batches = evaluation_batches(
+            source=source, tokenizer=tokenizer, image_size=SIZE, text_length=LENGTH, **options
+        )
+        with batches:
+            return list(batches)
+
+    return read
+
+
+def assert_same_rows(found, expected, rows) -> None:
+    """The batches `found` are the `rows` of the global batches `expected`."""
+    rows = list(rows)
+    assert [batch.step for batch in found] == [batch.step for batch in expected]
+    for one, whole in zip(found, expected, strict=True):
+        assert one.records == tuple(whole.records[row] for row in rows)
+        assert one.bad == tuple(one for one in one.records if isinstance(one, BadRecord))
+        for name in FIELDS:
+            np.testing.assert_array_equal(one.arrays[name], whole.arrays[name][rows])
+
+
+def test_a_batch_holds_the_examples_of_the_order_as_the_model_reads_them(make_source, train, tokenizer):
+    source = make_source(20)
+    order = ExampleOrder(20, 3)
+    batches = train(source, start_step=5, num_steps=4)
+    assert [batch.step for batch in batches] == [5, 6, 7, 8]
+    for batch in batches:
+        arrays = batch.arrays
+        assert set(arrays) == FIELDS
+        assert arrays["image"].shape == (8, SIZE, SIZE, 3) and arrays["image"].dtype == np.uint8
+        for name in ("text", "mask_ar", "mask_loss", "mask_input"):
+            assert arrays[name].shape == (8, LENGTH) and arrays[name].dtype == np.int32
+        assert arrays["weight"].dtype == np.float32 and arrays["weight"].tolist() == [1] * 8
+        assert arrays["index"].dtype == np.int64
+        np.testing.assert_array_equal(arrays["index"], order.ids(batch.step, 8))
+        for row, index in enumerate(arrays["index"].tolist()):
+            assert (arrays["image"][row] == colour(index)).all()
+            text = encode_example(
+                tokenizer, prefix=f"caption en {index}", suffix=f"red circle {index}", length=LENGTH
+            )
+            for name in ("text", "mask_ar", "mask_loss", "mask_input"):
+                np.testing.assert_array_equal(arrays[name][row], getattr(text, name))
+            assert batch.records[row] == source[index]
+        assert batch.bad == () and batch.truncated == 0
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_split_over_hosts_from_any_step_gives_the_same_global_batches(make_source, train, data):
+    n = data.draw(st.integers(1, 30), label="n")
+    bad = {i: "{broken" for i in data.draw(st.sets(st.integers(0, n - 1), max_size=3), label="bad")}
+    batch_size = data.draw(st.integers(1, 8), label="batch_size")
+    start = data.draw(st.integers(0, 5), label="start")
+    places = data.draw(st.permutations(range(batch_size)), label="places")
+    cuts = sorted(data.draw(st.sets(st.integers(1, batch_size), max_size=3), label="cuts"))
+    hosts = [part.tolist() for part in np.split(np.array(places), cuts) if len(part)]
+    source = make_source(n, bad=bad, suffixes=3)
+    whole = train(source, batch_size=batch_size, rows=range(batch_size), num_steps=6)
+    for rows in hosts:
+        found = train(source, batch_size=batch_size, rows=rows, start_step=start, num_steps=6 - start)
+        assert_same_rows(found, whole[start:], rows)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "start"), [(1, 0), (2, 3), (4, 5)], ids=["1-host", "2-hosts-resumed", "4-hosts-resumed"]
+)
+def test_worker_processes_give_the_same_rows_as_threads(make_source, train, hosts, start):
+    source = make_source(
+        13, bad={4: "{broken", 7: {"image": "gone.png", "prefix": "p", "suffix": "s"}}, suffixes=3
+    )
+    whole = train(source, num_steps=7)
+    per_host = 8 // hosts
+    for host in sorted({0, hosts - 1}):
+        rows = range(host * per_host, (host + 1) * per_host)
+        found = train(source, rows=rows, start_step=start, num_steps=7 - start, workers=2)
+        assert_same_rows(found, whole[start:], rows)
+
+
+def test_more_workers_than_rows_is_fine(make_source, train, evaluate):
+    source = make_source(3)
+    assert_same_rows(
+        train(source, batch_size=1, rows=[0], num_steps=1, workers=3),
+        train(source, batch_size=1, rows=[0], num_steps=1),
+        [0],
+    )
+
+
+def test_no_steps_give_no_batches(make_source, train):
+    assert train(make_source(3), num_steps=0) == []
+
+
+def test_a_suffix_is_drawn_by_the_seed_and_the_global_row(make_source, train):
+    source = make_source(4, suffixes=5)
+    drawn = [record.suffix for batch in train(source, num_steps=10) for record in batch.records]
+    order = ExampleOrder(4, 3)
+    expected = [source[order.example(row)].suffixes[order.choose(row, 5)] for row in range(80)]
+    assert drawn == expected
+    of_one_example = {suffix for suffix in drawn if suffix.startswith("red circle 0 ")}
+    assert len(of_one_example) > 2
+
+
+def test_another_seed_gives_another_order(make_source, train):
+    source = make_source(50)
+    one, other = (train(source, seed=seed, num_steps=1)[0].arrays["index"].tolist() for seed in (1, 2))
+    assert one != other
+
+
+BAD = {
+    1: "{broken",
+    3: {"image": "3.png", "prefix": "p"},
+    5: {"image": "../5.png", "prefix": "p", "suffix": "s"},
+    7: {"image": "gone.png", "prefix": "p", "suffix": "s"},
+    8: {"image": "cut.jpg", "prefix": "p", "suffix": "s"},
+}
+
+
+def test_a_bad_record_becomes_a_masked_row_in_its_place(make_source, train, evaluate, tmp_path):
+    (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0\0\x10JFIF")
+    source, sound = make_source(10, bad=BAD), None
+    reasons = {
+        1: "broken JSON",
+        3: "no field 'suffix'",
+        5: "leads out",
+        7: "'gone.png': no such",
+        8: "'cut.jpg': ",
+    }
+    found = evaluate(source) + train(source, num_steps=5)
+    sound = evaluate(make_source(10)) + train(make_source(10), num_steps=5)
+    for batch, whole in zip(found, sound, strict=True):
+        arrays = batch.arrays
+        np.testing.assert_array_equal(arrays["index"], whole.arrays["index"])
+        for row, index in enumerate(arrays["index"].tolist()):
+            if index in BAD:
+                assert reasons[index] in batch.records[row].reason
+                assert batch.records[row].line == index + 1
+                assert arrays["weight"][row] == 0
+                assert not arrays["image"][row].any() and not arrays["text"][row].any()
+                assert not arrays["mask_ar"][row].any() and not arrays["mask_loss"][row].any()
+                assert arrays["mask_input"][row].tolist() == [1] + [0] * (LENGTH - 1)
+            else:
+                for name in FIELDS:
+                    np.testing.assert_array_equal(arrays[name][row], whole.arrays[name][row])
+        assert batch.bad == tuple(record for record in batch.records if isinstance(record, BadRecord))
+
+
+def test_a_source_of_nothing_but_bad_records_still_gives_full_batches(make_source, train):
+    batches = train(make_source(3, bad=dict.fromkeys(range(3), "[]")), num_steps=2)
+    assert [batch.arrays["weight"].sum() for batch in batches] == [0, 0]
+    assert [len(batch.bad) for batch in batches] == [8, 8]
+
+
+def test_truncated_texts_are_counted(make_source, train, tokenizer):
+    long = {"image": "0.png", "prefix": "p", "suffix": "red circle " * 40}
+    source = make_source(4, bad={0: long, 2: long})
+    [batch] = train(source, num_steps=1)
+    assert batch.truncated == 4  # two of four examples, twice in eight rows
+    assert batch.arrays["weight"].tolist() == [1] * 8
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    n=st.integers(1, 20), batch_size=st.integers(1, 9), limit=st.none() | st.integers(1, 25), data=st.data()
+)
+def test_evaluation_sees_every_example_once_and_pads_the_tail(
+    make_source, evaluate, n, batch_size, limit, data
+):
+    source = make_source(n)
+    count = n if limit is None else min(n, limit)
+    whole = evaluate(source, batch_size=batch_size, rows=range(batch_size), limit=limit)
+    assert len(whole) == -(-count // batch_size)
+    index = np.concatenate([batch.arrays["index"] for batch in whole])
+    weight = np.concatenate([batch.arrays["weight"] for batch in whole])
+    records = [record for batch in whole for record in batch.records]
+    padding = len(whole) * batch_size - count
+    assert index.tolist() == list(range(count)) + [-1] * padding
+    assert weight.tolist() == [1] * count + [0] * padding
+    assert records == [source[i] for i in range(count)] + [None] * padding
+    assert not any(batch.bad or batch.truncated for batch in whole)
+    for part in np.array_split(np.array(data.draw(st.permutations(range(batch_size)))), 3):
+        if len(part):
+            found = evaluate(source, batch_size=batch_size, rows=part.tolist(), limit=limit)
+            assert_same_rows(found, whole, part)
+
+
+def test_evaluation_with_workers_sees_the_same_tail(make_source, evaluate):
+    source = make_source(11, bad={2: "{"})
+    whole = evaluate(source, batch_size=4, rows=range(4))
+    for rows in ([0, 1], [3]):
+        assert_same_rows(evaluate(source, batch_size=4, rows=rows, workers=2), whole, rows)
+
+
+def test_evaluation_encodes_the_first_suffix_or_the_prompt_alone(make_source, evaluate, tokenizer):
+    source = make_source(5, suffixes=3)
+    [whole] = evaluate(source)
+    [prompts] = evaluate(source, prompt_only=True)
+    for i in range(5):
+        for batch, suffix in ((whole, f"red circle {i} 0"), (prompts, None)):
+            text = encode_example(tokenizer, prefix=f"caption en {i}", suffix=suffix, length=LENGTH)
+            for name in ("text", "mask_ar", "mask_loss", "mask_input"):
+                np.testing.assert_array_equal(batch.arrays[name][i], getattr(text, name))
+        assert prompts.records[i].suffixes == (f"red circle {i} 0", f"red circle {i} 1", f"red circle {i} 2")
+
+
+def test_any_sequence_of_records_is_a_source(make_source, evaluate):
+    made = make_source(2)[1]
+    prompt = Record(
+        image=made.image, image_name="x", prefix="p", suffix=None, suffixes=(), extra={}, file="argv", line=1
+    )
+    [batch] = evaluate([prompt], batch_size=2, rows=[0, 1], prompt_only=True)
+    assert batch.records == (prompt, None)
+    assert (batch.arrays["image"][0] == colour(1)).all()
+
+
+@pytest.mark.parametrize("rows", [[], [8], [-1], [0, 1, 9]])
+def test_rows_that_the_batch_does_not_have_are_refused(make_source, train, rows):
+    with pytest.raises(ValueError, match="rows: expected some of the positions 0 to 7"):
+        train(make_source(3), rows=rows)
+
+
+def prefetch_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if "MainThread" not in thread.name}
+
+
+def wait_until(condition, seconds: float = 10) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def stop_by_close(batches) -> None:
+    next(batches)
+    batches.close()
+
+
+def stop_by_close_before_the_first(batches) -> None:
+    batches.close()
+
+
+def stop_by_exhaustion(batches) -> None:
+    assert len(list(batches)) == 6
+
+
+def stop_by_forgetting(batches) -> None:
+    next(batches)
+
+
+def stop_by_exception(batches) -> None:
+    with contextlib.suppress(RuntimeError), batches:
+        next(batches)
+        raise RuntimeError
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        stop_by_close,
+        stop_by_close_before_the_first,
+        stop_by_exhaustion,
+        stop_by_forgetting,
+        stop_by_exception,
+    ],
+)
+def test_a_stopped_iterator_leaves_no_thread_and_no_process(make_source, tokenizer, stop, workers):
+    def start():
+        return train_batches(
+            source=make_source(10),
+            tokenizer=tokenizer,
+            image_size=SIZE,
+            text_length=LENGTH,
+            seed=3,
+            batch_size=8,
+            rows=range(8),
+            start_step=0,
+            num_steps=6,
+            workers=workers,
+        )
+
+    threads, children = prefetch_threads(), set(psutil.Process().children())
+    stop(start())
+
+    def left() -> list:
+        processes = [one for one in psutil.Process().children() if one not in children]
+        processes = [one for one in processes if "resource_tracker" not in " ".join(one.cmdline())]
+        return processes + list(prefetch_threads() - threads)
+
+    assert wait_until(lambda: not left()), left()
+
+
+def test_closing_twice_is_fine_and_a_closed_iterator_does_not_go_on(make_source, tokenizer):
+    batches = evaluation_batches(
+        source=make_source(20),
+        tokenizer=tokenizer,
+        image_size=SIZE,
+        text_length=LENGTH,
+        batch_size=2,
+        rows=[0],
+    )
+    next(batches)
+    batches.close()
+    batches.close()
+    with pytest.raises((ValueError, StopIteration)):
+        next(batches)
+
+
+PROGRAM = textwrap.dedent("""
+    import os, sys, time
+    from pgdist.data.jsonl import JsonlSource
+    from pgdist.data.loader import train_batches
+    from pgdist.data.tokenizer import Tokenizer
+
+    def main(data, tokenizer, workers, then):
+        batches = train_batches(
+            source=JsonlSource(data), tokenizer=Tokenizer(tokenizer), image_size=8, text_length=24, seed=3,
+            batch_size=8, rows=range(8), start_step=0, num_steps=10**6, workers=int(workers),
+        )
+        index = [next(batches).arrays["index"].tolist() for _ in range(3)]
+        print(index, flush=True)
+        if then == "wait":
+            sys.stdin.readline()
+            print([next(batches).arrays["index"].tolist() for _ in range(60)][-1], flush=True)
+            time.sleep(60)
+        if then == "raise":
+            raise RuntimeError("on purpose")
+
+    if __name__ == "__main__":
+        main(*sys.argv[1:])
+""")
+
+
+@pytest.fixture
+def program(tmp_path, make_source):
+    """Starts a program that loads from ten examples with absl flags unparsed, in a process group of its own."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    path = make_source(10).path
+    started = []
+
+    def start(workers: int, then: str) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, tmp_path / "program.py", path, str(TOKENIZER), str(workers), then],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+EXPECTED = [ExampleOrder(10, 3).ids(step, 8).tolist() for step in range(63)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_program_that_never_parsed_flags_and_never_closes_ends_silently(program, workers):
+    process = program(workers, "end")
+    out, err = process.communicate(timeout=60)
+    assert (out, err, process.returncode) == (f"{EXPECTED[:3]}\n", "", 0)
+
+
+def test_a_program_that_fails_shows_its_own_error_and_ends(program):
+    process = program(2, "raise")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.rstrip().endswith("RuntimeError: on purpose") and err.count("Traceback") == 1
+
+
+def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_workers_go_on_when_a_signal_reaches_the_whole_group(program, name):
+    """A scheduler signals every process of a job; the trainer decides when its workers end."""
+    process = program(2, "wait")
+    assert process.stdout.readline() == f"{EXPECTED[:3]}\n"
+    workers = workers_of(process)
+    assert len(workers) == 2
+    for worker in workers:
+        worker.send_signal(getattr(signal, name))
+    time.sleep(0.5)
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == f"{EXPECTED[62]}\n"
+    assert all(worker.is_running() for worker in workers)
+
+
+def test_workers_leave_when_the_program_is_killed(program):
+    process = program(2, "wait")
+    assert process.stdout.readline() == f"{EXPECTED[:3]}\n"
+    workers = workers_of(process)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert len(workers) == 2 and not alive
+
+
+def test_a_killed_worker_is_an_error_and_not_a_hang(make_source, tokenizer):
+    batches = train_batches(
+        source=make_source(10),
+        tokenizer=tokenizer,
+        image_size=SIZE,
+        text_length=LENGTH,
+        seed=3,
+        batch_size=8,
+        rows=range(8),
+        start_step=0,
+        num_steps=10**6,
+        workers=1,
+    )
+    with batches:
+        next(batches)
+        [worker] = [
+            one for one in psutil.Process().children() if "resource_tracker" not in " ".join(one.cmdline())
+        ]
+        worker.kill()
+        with pytest.raises(RuntimeError, match="Worker process was terminated unexpectedly"):
+            for _ in range(1000):
+                next(batches)
+
+
+def test_an_error_of_the_source_reaches_the_reader(make_source, train):
+    source = make_source(10)
+
+    class Broken(JsonlSource):
+        def __getitem__(self, index):
+            raise OSError("the disk is on fire")
+
+    source.__class__ = Broken
+    with pytest.raises(OSError, match="the disk is on fire"):
+        train(source)
