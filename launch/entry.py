@@ -55,6 +55,13 @@ def run(main: Callable[..., None], *, name: str, usage: str, positional: str = "
     _leave(_exit_code(lambda: app.run(lambda arguments: main(*arguments), flags_parser=parse)))
 
 
+def require(*names: str) -> None:
+    """Raises ConfigError unless all these flags were given a value."""
+    missing = [f"--{name}" for name in names if flags.FLAGS[name].value in (None, "")]
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} must be given; see --help")
+
+
 def simulate_devices(count: int) -> None:
     """Makes this process see `count` CPU devices and nothing else; before JAX first looks at its devices.
 
@@ -147,10 +154,3 @@ def _log_what_is_ours() -> None:
     logging.get_absl_handler().addFilter(
         lambda record: record.levelno >= python_logging.WARNING or record.pathname.startswith(ours)
     )
-
-
-def require(*names: str) -> None:
-    """Raises ConfigError for flags that were not given."""
-    missing = [f"--{name}" for name in names if not flags.FLAGS[name].value]
-    if missing:
-        raise ConfigError(f"{' and '.join(missing)} must be given; see --help")

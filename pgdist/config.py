@@ -13,7 +13,8 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from pgdist.errors import ConfigError
-from pgdist.models.presets import PRESETS
+from pgdist.models.paligemma import PaliGemmaConfig
+from pgdist.models.presets import PRESETS, preset
 from pgdist.models.remat import REMAT_POLICIES
 from pgdist.train.optimizer import OPTIMIZERS, SCHEDULES
 
@@ -105,6 +106,28 @@ def validate_config(config: ConfigDict) -> None:
     for field in ("tokenizer", "data.train"):
         _check(config, field, bool, "a path")
     _check(config, "data.text_length", lambda v: v >= 4, "at least 4: BOS, a prefix token, separator, a suffix token")
+
+
+def model_config(config: ConfigDict) -> PaliGemmaConfig:
+    """The sizes and compute dtypes that the config names."""
+    m = config.model
+    return preset(
+        m.preset,
+        image_dtype=m.image_dtype,
+        text_dtype=m.text_dtype,
+        final_logits_softcap=m.final_logits_softcap,
+        remat=m.remat,
+    )
+
+
+def check_vocabulary(config: ConfigDict, tokens: int) -> None:
+    """Raises ConfigError where the tokenizer has more tokens than the model embeds."""
+    embedded = PRESETS[config.model.preset].text.vocab_size
+    if tokens > embedded:
+        raise ConfigError(
+            f"config.tokenizer={config.tokenizer} has {tokens} tokens, config.model.preset={config.model.preset} embeds "
+            f"{embedded}: they do not belong together."
+        )
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

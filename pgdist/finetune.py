@@ -21,18 +21,17 @@ from ml_collections import ConfigDict
 
 from pgdist import cluster, weights
 from pgdist.checkpoint import Checkpoints
-from pgdist.config import validate_config
+from pgdist.config import check_vocabulary, model_config, validate_config
 from pgdist.data.bad_records import BadRecordLog, BadShare, refuse_bad_share
 from pgdist.data.jsonl import JsonlSource, fingerprint
 from pgdist.data.loader import HostBatches, train_batches
 from pgdist.data.tokenizer import Tokenizer
 from pgdist.environment import describe_environment
-from pgdist.errors import ConfigError
 from pgdist.evaluate import metrics
 from pgdist.evaluate.runner import Evaluator, Prediction, mean_score
 from pgdist.mesh import batch_sharding, host_rows, make_mesh, parameter_shardings
-from pgdist.models.paligemma import PaliGemma, PaliGemmaConfig, parameter_shapes
-from pgdist.models.presets import PRESETS, preset
+from pgdist.models.paligemma import PaliGemma, parameter_shapes
+from pgdist.models.presets import preset_layouts
 from pgdist.parameters import flatten, learning_rate_scales, merge, unflatten
 from pgdist.report import write_report
 from pgdist.report.examples import describe_examples
@@ -146,16 +145,9 @@ class _Job:
         self.tokenizer = Tokenizer(config.tokenizer)
         self.train_source = self._open_source(config.data.train)
         self.validation_source = self._open_source(config.data.validation) if config.data.validation else None
-        model_config = preset(
-            config.model.preset,
-            image_dtype=config.model.image_dtype,
-            text_dtype=config.model.text_dtype,
-            final_logits_softcap=config.model.final_logits_softcap,
-            remat=config.model.remat,
-        )
-        _check_vocabulary(self.tokenizer, model_config, config)
-        self.model = PaliGemma(model_config)
-        self.shapes = flatten(parameter_shapes(model_config))
+        check_vocabulary(config, self.tokenizer.vocab_size)
+        self.model = PaliGemma(model_config(config))
+        self.shapes = flatten(parameter_shapes(self.model.config))
         self.scales = learning_rate_scales(self.shapes, config.trainable)
         self.shardings = parameter_shardings(self.mesh, self.shapes)
         trained = {name for name, scale in self.scales.items() if scale}
@@ -182,8 +174,9 @@ class _Job:
         }
         expected = {name: jax.ShapeDtypeStruct(leaf.shape, dtypes[name]) for name, leaf in self.shapes.items()}
         if self.config.init:
-            layouts = {name: lambda name=name: flatten(parameter_shapes(preset(name))) for name in PRESETS}
-            arrays = weights.load(self.config.init, expected=expected, shardings=self.shardings, layouts=layouts)
+            arrays = weights.load(
+                self.config.init, expected=expected, shardings=self.shardings, layouts=preset_layouts
+            )
         else:
             arrays = _random_weights(self.model, expected, self.shardings, seed=self.config.seed)
         frozen = {name: array for name, array in arrays.items() if not self.scales[name]}
@@ -234,7 +227,7 @@ class _Job:
         limit = (config.final_examples or None) if at_an_end else config.examples
         losses = self.evaluator.validation_loss(state.trainable, frozen)
         found = {f"validation/{name}": value for name, value in losses.items()}
-        predictions = list(self.evaluator.predict(state.trainable, frozen, limit=limit)) if limit != 0 else []
+        predictions = [p for p in self.evaluator.predict(state.trainable, frozen, limit=limit) if p.error is None]
         if at_an_end:
             found[f"validation/{config.metric}"] = mean_score(predictions)
         if cluster.is_primary():
@@ -296,19 +289,10 @@ class _Job:
             text_length=self.config.data.text_length,
             batch_size=self.config.batch_size,
             max_new_tokens=self.config.eval.max_new_tokens,
-            metric_name=self.config.eval.metric,
             metric=metric,
             validation_step=make_validation_step(
                 self.model, mesh=self.mesh, max_scored_positions=self.config.data.max_scored_positions
             ),
-        )
-
-
-def _check_vocabulary(tokenizer: Tokenizer, model: PaliGemmaConfig, config: ConfigDict) -> None:
-    if tokenizer.vocab_size > model.text.vocab_size:
-        raise ConfigError(
-            f"config.tokenizer={config.tokenizer} has {tokenizer.vocab_size} tokens, config.model.preset="
-            f"{config.model.preset} embeds {model.text.vocab_size}: they do not belong together."
         )
 
 
@@ -327,7 +311,7 @@ def _random_weights(
 
 def _prediction_row(prediction: Prediction, metric: str) -> dict[str, Any]:
     row = dataclasses.asdict(prediction)
-    score, extra = row.pop("score"), row.pop("extra")
+    score, extra, _ = row.pop("score"), row.pop("extra"), row.pop("error")
     row |= {} if score is None else {"score": {metric: score}}
     return row | {name: value for name, value in extra.items() if name not in row}
 

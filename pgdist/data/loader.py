@@ -59,7 +59,7 @@ class HostBatch:
 
 
 class HostBatches(Iterator[HostBatch]):
-    """The batches in order; `close()` (or the end of a `with`) stops threads and worker processes."""
+    """The batches in order; `close()` (or the end of a `with`, or of the object) stops threads and workers."""
 
     def __init__(self, rows: Iterator[_Row], *, first_step: int, rows_per_step: int) -> None:
         self._rows = rows
@@ -82,9 +82,6 @@ class HostBatches(Iterator[HostBatch]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
         self.close()
 
 

@@ -63,7 +63,7 @@ def greedy_decode(
 
     def emit(step, logits, done, tokens):
         """The rows' next tokens, also written into column `step`, and who has ended after them."""
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        token = jnp.where(done, pad_id, jnp.argmax(logits, axis=-1).astype(jnp.int32))
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, axis=1)
         return token, done | (token == eos_id), tokens
 

@@ -6,15 +6,15 @@ Every process decodes its share and gets all answers, so that all come to the sa
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pgdist.data.jsonl import JsonlSource, Record
-from pgdist.data.loader import HostBatches, evaluation_batches
+from pgdist.data.jsonl import BadRecord, JsonlSource, Record
+from pgdist.data.loader import HostBatch, HostBatches, evaluation_batches
 from pgdist.data.tokenizer import Tokenizer
 from pgdist.decode.decoder import Decoder
 from pgdist.evaluate.metrics import Metric
@@ -28,15 +28,19 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """An answer beside its example. score: 0 to 1 by the metric, None where there is no truth to score against."""
+    """An answer beside its example, or the reason why there is none.
+
+    score: 0 to 1 by the metric; None where there is no truth to score against.  error: why a record could not be read.
+    """
 
     index: int
-    image: str
-    prefix: str
-    suffix: str | None
-    prediction: str
-    score: float | None
-    extra: Mapping[str, Any]
+    image: str = ""
+    prefix: str = ""
+    suffix: str | None = None
+    prediction: str = ""
+    score: float | None = None
+    error: str | None = None
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +54,6 @@ class Evaluator:
     text_length: int
     batch_size: int
     max_new_tokens: int
-    metric_name: str
     metric: Metric
     validation_step: Callable[[PyTree, PyTree, Mapping[str, jax.Array]], BatchLoss] | None = None
 
@@ -72,7 +75,7 @@ class Evaluator:
         }
 
     def predict(self, trainable: PyTree, frozen: PyTree, *, limit: int | None = None) -> Iterator[Prediction]:
-        """Answers to all examples or the first `limit`, one each, in order; bad records have none."""
+        """One prediction for each of all examples or the first `limit`, in order."""
         decoder = Decoder(
             model=self.model,
             mesh=self.mesh,
@@ -81,13 +84,19 @@ class Evaluator:
             eos_id=self.tokenizer.eos_id,
             pad_id=self.tokenizer.pad_id,
         )
+        reasons: dict[int, str] = {}
         with self._batches(limit=limit, prompt_only=True) as batches:
-            for answer in decoder.decode_batches(merge(trainable, frozen), batches):
-                record = self.source[answer.index]
-                if answer.valid and isinstance(record, Record):
-                    yield self._prediction(answer.index, record, self.tokenizer.decode(answer.tokens))
+            for answer in decoder.decode_batches(merge(trainable, frozen), _note_reasons(batches, reasons)):
+                if answer.valid:
+                    yield self._prediction(answer.index, self.tokenizer.decode(answer.tokens))
+                else:
+                    # Only the process that read the record knows more than that it is bad.
+                    error = reasons.get(answer.index, f"{self.source.path}: example {answer.index} cannot be read")
+                    yield Prediction(index=answer.index, error=error)
 
-    def _prediction(self, index: int, record: Record, text: str) -> Prediction:
+    def _prediction(self, index: int, text: str) -> Prediction:
+        record = self.source[index]
+        assert isinstance(record, Record)  # it was a moment ago: the source is a file that does not change
         return Prediction(
             index=index,
             image=record.image,
@@ -110,6 +119,15 @@ class Evaluator:
             limit=limit,
             prompt_only=prompt_only,
         )
+
+
+def _note_reasons(batches: Iterable[HostBatch], reasons: dict[int, str]) -> Iterator[HostBatch]:
+    """The batches unchanged; what is wrong with their bad records goes into `reasons` by example id."""
+    for batch in batches:
+        for index, record in zip(batch.arrays["index"].tolist(), batch.records, strict=True):
+            if isinstance(record, BadRecord):
+                reasons[index] = str(record)
+        yield batch
 
 
 def mean_score(predictions: list[Prediction]) -> float:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+import jax
+from flax import traverse_util
 from jax.typing import DTypeLike
 
 from pgdist.models.gemma import GemmaConfig
-from pgdist.models.paligemma import PaliGemmaConfig
+from pgdist.models.paligemma import PaliGemmaConfig, parameter_shapes
 from pgdist.models.siglip import SiglipConfig
 
 _GEMMA_2B = GemmaConfig(
@@ -69,3 +71,10 @@ def preset(
             base.text, dtype=text_dtype, final_logits_softcap=final_logits_softcap, remat=remat
         ),
     )
+
+
+def preset_layouts() -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """{preset: {parameter name: shape}}, for telling which preset a file of weights belongs to."""
+    return {
+        name: traverse_util.flatten_dict(parameter_shapes(config), sep="/") for name, config in PRESETS.items()
+    }

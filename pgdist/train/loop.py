@@ -72,7 +72,7 @@ class Loop:
                 # Look at the loss, then save, and only then fetch the next batch: what is on disk is never a state whose
                 # loss nobody has seen.
                 log.flush()
-                self._save(done, state)
+                self._save(done, state, log)
             if stop:
                 self.checkpoints.wait()
                 raise Preempted(f"Stopped as asked after step {done} of {self.total_steps}; the state is saved: start again to go on.")
@@ -80,8 +80,9 @@ class Loop:
                 log.flush()
                 started = time.perf_counter()
                 found = self.evaluate(done, state)
-                log.exclude(time.perf_counter() - started)
-                self.writer.write(done, found | {"time/evaluation_seconds": time.perf_counter() - started})
+                seconds = time.perf_counter() - started
+                log.exclude(seconds)
+                self.writer.write(done, found | {"time/evaluation_seconds": seconds})
         return state
 
     def _next_batch(self, log: _StepLog) -> dict[str, jax.Array]:
@@ -94,10 +95,12 @@ class Loop:
         arrays = {name: array for name, array in batch.arrays.items() if name != "index"}
         return put_batch(arrays, sharding=batch_sharding(self.mesh), batch_size=self.batch_size)
 
-    def _save(self, step: int, state: TrainState) -> None:
+    def _save(self, step: int, state: TrainState, log: _StepLog) -> None:
         started = time.perf_counter()
         self.checkpoints.save(step, state)
-        self.writer.write(step, {"time/checkpoint_seconds": time.perf_counter() - started})
+        seconds = time.perf_counter() - started
+        log.exclude(seconds)
+        self.writer.write(step, {"time/checkpoint_seconds": seconds})
 
 
 class _StepLog:
@@ -130,7 +133,10 @@ class _StepLog:
         found = {name: float(np.asarray(value)) for name, value in pending["device"].items()}
         now = time.perf_counter()
         seconds, self._last_read = now - self._last_read, now
-        self._loop.writer.write(step + 1, self._describe(found, seconds) | pending["host"])
+        host = pending["host"]
+        # The parts of a step's time do not overlap: waiting for data is told apart from stepping.
+        times = {"time/step_seconds": max(0.0, seconds - host["time/data_wait_seconds"])}
+        self._loop.writer.write(step + 1, self._describe(found, seconds) | times | host)
         self._judge(step, found)
 
     def _describe(self, found: dict[str, float], seconds: float) -> dict[str, float]:
@@ -142,7 +148,6 @@ class _StepLog:
             "train/examples_per_second": found["examples"] / seconds,
             "train/tokens_per_second": found["examples"] * loop.sequence_length / seconds,
             "train/masked_rows": loop.batch_size - found["examples"],
-            "time/step_seconds": seconds,
         }
 
     def _judge(self, step: int, found: dict[str, float]) -> None:

@@ -58,6 +58,14 @@ def model_parts(stored: Iterable[ArrayInfo], *, path: object) -> dict[str, Part]
     return parts
 
 
+def group_by_stored(parts: Mapping[str, Part]) -> dict[str, list[Part]]:
+    """Parts by the stored array that they are cut from, in the file's order."""
+    groups: dict[str, list[Part]] = {}
+    for part in parts.values():
+        groups.setdefault(part.stored_name, []).append(part)
+    return groups
+
+
 def fusible(arrays: Mapping[str, Shaped]) -> dict[str, tuple[str, str]]:
     """{fused name: (query name, key-value name)} where `arrays` has both with the same number of heads."""
     pairs = {}
@@ -95,11 +103,3 @@ def _parts_of(info: ArrayInfo) -> list[Part]:
 
 def _last_two(name: str) -> str:
     return "/".join(name.split("/")[-2:])
-
-
-def group_by_stored(parts: Mapping[str, Part]) -> dict[str, list[Part]]:
-    """Parts by the stored array that they are cut from, in the file's order."""
-    groups: dict[str, list[Part]] = {}
-    for part in parts.values():
-        groups.setdefault(part.stored_name, []).append(part)
-    return groups

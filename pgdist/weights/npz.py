@@ -91,8 +91,10 @@ def save(
     fuse_qkv: write one `qkv_einsum/w` where query and key heads are equal in number, as published files do.
 
     Arrays are fetched from their devices one at a time. Where they are spread over several processes all of
-    these must call, with the same arrays, and process 0 alone writes. An existing file stays as it was until
-    the new one is complete. Raises WeightsError if the file cannot be written, or a number not in `dtype`.
+    these must call, with the same arrays, and process 0 alone writes (and alone raises what goes wrong with
+    the file). An existing file stays as it was until the new one is complete.
+
+    Raises WeightsError if the file cannot be written or a number is too large for `dtype`.
     """
     groups = _stored_groups(arrays, fuse_qkv=fuse_qkv)
     spread = fetch.is_spread(arrays.values())
@@ -106,7 +108,7 @@ def save(
                 writer.write(name, *members)
                 del members  # or it would stand beside the next one
     finally:
-        if False:
+        if spread:  # after an error here the other processes are still gathering, and would wait for this one
             _take_part(copies)
 
 

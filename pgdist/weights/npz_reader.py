@@ -26,6 +26,7 @@ from pgdist.errors import WeightsError
 from pgdist.weights import boxes
 from pgdist.weights.array_info import ArrayInfo
 from pgdist.weights.boxes import Box
+from pgdist.weights.local_path import local_path
 
 _BLOCK_BYTES = 16 * 2**20
 _SUFFIX = ".npy"
@@ -63,7 +64,7 @@ class NpzReader:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path).expanduser()
+        self.path = local_path(path)
         self._members: dict[str, _Member] = {}
         with contextlib.ExitStack() as on_error:
             self._zip = on_error.enter_context(_open(self.path))
@@ -148,8 +149,6 @@ class NpzReader:
 
 
 def _open(path: Path) -> zipfile.ZipFile:
-    if "://" in os.fspath(path) or ":/" in os.fspath(path):
-        raise WeightsError(f"{path}: weights are read from local files. Copy it here and name the copy.")
     try:
         return zipfile.ZipFile(path)
     except FileNotFoundError as error:
@@ -161,7 +160,8 @@ def _open(path: Path) -> zipfile.ZipFile:
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (*_DAMAGE, NotImplementedError) as error:
-        first = path.open("rb").read(64)
+        with path.open("rb") as file:
+            first = file.read(64)
         what = next(text for magic, text in _FIRST_BYTES if first.startswith(magic))
         what = what if first else "it is empty: the download or copy went wrong"
         raise WeightsError(f"{path}: not a readable npz: {what}. ({error})") from error

@@ -18,6 +18,7 @@ import numpy as np
 from pgdist.errors import WeightsError
 from pgdist.weights import boxes, layout
 from pgdist.weights.casting import cast, check_range
+from pgdist.weights.local_path import local_path
 
 _BLOCK_SIZE = 4 * 2**20  # elements
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -29,7 +30,7 @@ class NpzWriter:
 
     def __init__(self, path: str | os.PathLike[str], *, dtype: np.dtype | None = None):
         # A link keeps pointing where it points; the file behind it is the one that is replaced.
-        self.path = Path(os.path.realpath(Path(path).expanduser()))
+        self.path = Path(os.path.realpath(local_path(path)))
         self._dtype = None if dtype is None else np.dtype(dtype)
         self._partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.partial")
 

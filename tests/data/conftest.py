@@ -36,7 +36,7 @@ def write_jsonl(tmp_path):
 
 @pytest.fixture
 def make_source(tmp_path, write_jsonl):
-    """A source of n examples; the image of example i is filled with the colour (i, 2 i, 255 - i) modulo 256."""
+    """A source of n examples; the image of example i is filled with `colour(i)`."""
 
     def make(n: int, *, bad: dict[int, object] | None = None, suffixes: int = 1, **options) -> JsonlSource:
         lines = []

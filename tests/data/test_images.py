@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 from pgdist.data.images import MAX_PIXELS, BadImage, load_image
-
 from tests.data.pictures import triangle_resize
 
 # One rounding to a level, and float32 arithmetic on values up to 255.
@@ -33,7 +32,7 @@ def noise(height: int, width: int, channels: int = 3, *, seed: int = 0) -> np.nd
 
 
 def smooth(height: int, width: int) -> np.ndarray:
-    """Different gradients in every channel and direction, so that a turned or swapped picture is another one."""
+    """Another gradient in every channel, so that a turned or swapped picture is another one."""
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([255 * x / width, 255 * y / height, 255 * (x + 2 * y) / (width + 2 * height)], -1).astype(
         np.uint8

@@ -1,4 +1,4 @@
-"""The loader: the same rows whatever the hosts, workers and starting step; masked rows; nothing left running."""
+"""The loader: the same rows for all hosts, workers and starting steps; masked rows; nothing left running."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_batch_holds_the_examples_of_the_order_as_the_model_reads_them(make_so
 @given(data=st.data())
 def test_any_split_over_hosts_from_any_step_gives_the_same_global_batches(make_source, train, data):
     n = data.draw(st.integers(1, 30), label="n")
-    bad = {i: "{broken" for i in data.draw(st.sets(st.integers(0, n - 1), max_size=3), label="bad")}
+    bad = dict.fromkeys(data.draw(st.sets(st.integers(0, n - 1), max_size=3), label="bad"), "{broken")
     batch_size = data.draw(st.integers(1, 8), label="batch_size")
     start = data.draw(st.integers(0, 5), label="start")
     places = data.draw(st.permutations(range(batch_size)), label="places")
@@ -382,7 +382,7 @@ PROGRAM = textwrap.dedent("""
 
 @pytest.fixture
 def program(tmp_path, make_source):
-    """Starts a program that loads from ten examples with absl flags unparsed, in a process group of its own."""
+    """Starts a program, in a process group of its own, that loads ten examples with absl flags unparsed."""
     (tmp_path / "program.py").write_text(PROGRAM)
     path = make_source(10).path
     started = []

@@ -88,6 +88,19 @@ def test_the_prefix_tokens_do_not_depend_on_the_suffix(prefix, first, second):
         assert not encoded.mask_ar[:count].any() and encoded.mask_ar[count] == 1
 
 
+def test_the_separator_is_tokenised_on_its_own():
+    class Lengths:
+        """A tokenizer whose one token is the text's length."""
+
+        bos_id, eos_id, pad_id = 102, 101, 0
+
+        def encode(self, text: str) -> list[int]:
+            return [len(text)]
+
+    encoded = encode_example(Lengths(), prefix="four", suffix="seven..", length=8)
+    assert encoded.text.tolist() == [102, 4, 1, 7, 101, 0, 0, 0]
+
+
 def test_a_masked_text_has_one_input_position_and_nothing_else(tokenizer):
     masked = masked_text(tokenizer, length=8)
     assert masked.text.tolist() == [0] * 8

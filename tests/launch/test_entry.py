@@ -100,6 +100,13 @@ def test_a_wrong_command_line_ends_with_2_in_one_line(start, argument, message):
     assert err.startswith(message) and err.count("\n") == 1
 
 
+def test_flags_that_must_be_given_are_named_together(start):
+    own = "for name in ('config', 'workdir', 'to'): flags.DEFINE_string(name, None, 'That.')"
+    body = "entry.require('config', 'workdir', 'to')"
+    returned, _, err = _end(start(body, "--to=here", "--workdir=", flags=own))
+    assert (returned, err) == (2, "pgdist: error: --config and --workdir must be given; see --help\n")
+
+
 def test_arguments_without_a_flag_reach_a_command_that_takes_them(start):
     returned, out, _ = _end(start("print(arguments)", "a.png", "b.png", options=", positional='[IMAGE...]'"))
     assert (returned, out) == (0, "('a.png', 'b.png')\n")

@@ -1,21 +1,23 @@
-"""Who sees whom: image, prefix, suffix and padding; and decoding token by token against the whole sequence."""
+"""Who sees whom: image, prefix, suffix and padding; and decoding token by token against the full pass."""
 
 from __future__ import annotations
 
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgdist.models import PaliGemma, PaliGemmaConfig, normalize_image
+from pgdist.models.paligemma import DecodingState
 from tests.models.small import FIRST_WORD, PAD, SMALL, random_batch, random_parameters, with_text
 
 CONFIGS = SMALL | {"paligemma2-capped": with_text(SMALL["paligemma2"], final_logits_softcap=2.0)}
 PREFIX, SUFFIX, LENGTH = 5, 4, 12
+NEW_TOKENS = 6
+ROWS = LENGTH + 1  # one batch size for all tests, so that each model compiles once
 
 every_config = pytest.mark.parametrize("name", CONFIGS)
 both_layouts = pytest.mark.parametrize("name", SMALL)
@@ -23,6 +25,7 @@ both_layouts = pytest.mark.parametrize("name", SMALL)
 
 @functools.cache
 def parameters(name: str) -> dict:
+    """Random ones by the seed and the shapes: the same with and without a soft-cap."""
     return random_parameters(CONFIGS[name], seed=0)
 
 
@@ -31,17 +34,18 @@ def _jitted(name: str, method: str, **static: int):
     return jax.jit(functools.partial(PaliGemma(CONFIGS[name]).apply, method=method, **static))
 
 
-def logits(name: str, image, text, mask_ar, mask_input=None) -> np.ndarray:
+def logits(name: str, image, text, mask_ar, mask_input) -> np.ndarray:
     """float32[B, T, V]; the image is uint8."""
+    rows = len(text)
+    image, *masks = (np.resize(x, (ROWS, *x.shape[1:])) for x in (image, text, mask_ar, mask_input))
     apply = _jitted(name, "__call__")
-    return np.asarray(apply({"params": parameters(name)}, normalize_image(image), text, mask_ar, mask_input))
+    return np.asarray(apply({"params": parameters(name)}, normalize_image(image), *masks))[:rows]
 
 
-def one_example(config: PaliGemmaConfig, **lengths: int) -> dict[str, np.ndarray]:
-    sizes = {"prefix": PREFIX, "suffix": SUFFIX, "length": LENGTH} | lengths
-    return random_batch(
-        config, prefixes=[sizes["prefix"]], suffixes=[sizes["suffix"]], length=sizes["length"], seed=1
-    )
+def one_example(
+    config: PaliGemmaConfig, *, suffix: int = SUFFIX, length: int = LENGTH
+) -> dict[str, np.ndarray]:
+    return random_batch(config, prefixes=[PREFIX], suffixes=[suffix], length=length, seed=1)
 
 
 def changed_positions(name: str, batch: dict[str, np.ndarray]) -> np.ndarray:
@@ -91,7 +95,7 @@ def test_prefix_logits_do_not_depend_on_the_suffix(name):
     np.testing.assert_array_equal(*found)
 
 
-@every_config
+@both_layouts
 @given(pad=st.integers(0, 319), seed=st.integers(0, 99))
 @settings(max_examples=8, deadline=None, derandomize=True)
 def test_padding_tokens_change_nothing(name, pad, seed):
@@ -104,13 +108,13 @@ def test_padding_tokens_change_nothing(name, pad, seed):
     np.testing.assert_array_equal(logits(name, batch["image"], text, mask_ar, real)[real], expected[real])
 
 
-@every_config
+@both_layouts
 def test_more_padding_anywhere_changes_nothing(name):
     batch = one_example(CONFIGS[name], length=PREFIX + SUFFIX)
-    expected = logits(name, batch["image"], batch["text"], batch["mask_ar"])
+    expected = logits(name, batch["image"], batch["text"], batch["mask_ar"], batch["mask_input"])
     # Padding in front of the text, between prefix and suffix, and behind: positions count real tokens alone.
-    real = np.zeros((1, PREFIX + SUFFIX + 8), bool)
-    real[:, 2 : 2 + PREFIX] = real[:, 5 + PREFIX : 5 + PREFIX + SUFFIX] = True
+    real = np.zeros((1, LENGTH), bool)
+    real[:, 1 : 1 + PREFIX] = real[:, 2 + PREFIX : 2 + PREFIX + SUFFIX] = True
     text, mask_ar = np.full(real.shape, PAD, np.int32), np.zeros(real.shape, np.int32)
     text[real], mask_ar[real] = batch["text"][0], batch["mask_ar"][0]
     found = logits(name, batch["image"], text, mask_ar, real)
@@ -133,43 +137,48 @@ def test_every_text_position_sees_the_image(name):
 
 @every_config
 def test_prefill_and_extend_equal_the_full_pass(name):
-    config, new_tokens = CONFIGS[name], 6
-    counts = np.array([4, 9, 1, 6])
-    batch = random_batch(config, prefixes=counts, suffixes=[new_tokens] * 4, length=16, seed=3)
+    config, counts = CONFIGS[name], np.array([4, 6, 1, 5])
+    batch = random_batch(config, prefixes=counts, suffixes=[NEW_TOKENS] * 4, length=LENGTH, seed=3)
     expected = logits(name, batch["image"], batch["text"], batch["mask_ar"], batch["mask_input"])
 
-    prompt_mask = (batch["mask_input"] * (1 - batch["mask_ar"]))[:, : counts.max()]
-    prompt = np.where(prompt_mask, batch["text"][:, : counts.max()], FIRST_WORD)  # padding of any id
-    variables = {"params": parameters(name)}
-    # No slot to spare: the last token that is read fills the cache.
-    prefill = _jitted(name, "prefill", max_new_tokens=new_tokens - 1)
-    extend = _jitted(name, "extend")
-    found, state = prefill(variables, normalize_image(batch["image"]), prompt, prompt_mask)
-    for step in range(new_tokens):
-        at = (np.arange(4), counts + step - 1)
+    rows = np.arange(4)
+    found, state = prefill(name, batch)
+    for step in range(NEW_TOKENS):
+        at = (rows, counts + step - 1)
         np.testing.assert_allclose(found, expected[at], rtol=0, atol=1e-5, err_msg=f"step {step}")
-        if step < new_tokens - 1:
-            found, state = extend(variables, batch["text"][np.arange(4), counts + step], state)
-    np.testing.assert_array_equal(state.position, config.image.num_tokens + counts + new_tokens - 1)
+        if step < NEW_TOKENS - 1:
+            found, state = extend(name, batch["text"][rows, counts + step], state)
+    np.testing.assert_array_equal(state.position, config.image.num_tokens + counts + NEW_TOKENS - 1)
+    # There was no slot to spare: the last token that was read has filled the cache.
     assert state.slot == state.kv.key.shape[2] == state.visible.shape[1]
 
 
 def test_final_softcap_holds_in_the_full_pass_and_in_decoding():
-    cap = CONFIGS["paligemma2-capped"].text.final_logits_softcap
-    raw, capped = (
-        _all_logits(name, parameters("paligemma2")) for name in ("paligemma2", "paligemma2-capped")
+    raw, capped = "paligemma2", "paligemma2-capped"
+    cap = CONFIGS[capped].text.final_logits_softcap
+    batch = random_batch(
+        CONFIGS[raw], prefixes=[4, 6, 1, 5], suffixes=[NEW_TOKENS] * 4, length=LENGTH, seed=3
     )
-    for key in ("__call__", "prefill", "extend"):
-        assert np.abs(raw[key]).max() > cap
-        np.testing.assert_allclose(capped[key], cap * np.tanh(raw[key] / cap), rtol=0, atol=1e-5, err_msg=key)
+    args = [batch[key] for key in ("image", "text", "mask_ar", "mask_input")]
+    (raw_first, state), (capped_first, _) = prefill(raw, batch), prefill(capped, batch)
+    token = np.full(4, FIRST_WORD)
+    for uncapped, found in (
+        (logits(raw, *args), logits(capped, *args)),
+        (raw_first, capped_first),
+        (extend(raw, token, state)[0], extend(capped, token, state)[0]),
+    ):
+        assert np.abs(uncapped).max() > cap
+        np.testing.assert_allclose(found, cap * np.tanh(np.asarray(uncapped) / cap), rtol=0, atol=1e-5)
 
 
-def _all_logits(name: str, params: dict) -> dict[str, np.ndarray]:
-    batch = one_example(CONFIGS[name])
-    variables, image = {"params": params}, normalize_image(jnp.asarray(batch["image"]))
-    full = _jitted(name, "__call__")(variables, image, batch["text"], batch["mask_ar"], batch["mask_input"])
-    first, state = _jitted(name, "prefill", max_new_tokens=1)(
-        variables, image, batch["text"], batch["mask_input"]
-    )
-    second, _ = _jitted(name, "extend")(variables, jnp.argmax(first, axis=-1), state)
-    return {"__call__": np.asarray(full), "prefill": np.asarray(first), "extend": np.asarray(second)}
+def prefill(name: str, batch: dict[str, np.ndarray]) -> tuple[jax.Array, DecodingState]:
+    """Reads the prefixes alone, padded with words instead of padding."""
+    mask = batch["mask_input"] * (1 - batch["mask_ar"])
+    mask = mask[:, : mask.sum(axis=1).max()]
+    prompt = np.where(mask, batch["text"][:, : mask.shape[1]], FIRST_WORD)
+    apply = _jitted(name, "prefill", max_new_tokens=NEW_TOKENS - 1)
+    return apply({"params": parameters(name)}, normalize_image(batch["image"]), prompt, mask)
+
+
+def extend(name: str, token: np.ndarray, state: DecodingState) -> tuple[jax.Array, DecodingState]:
+    return _jitted(name, "extend")({"params": parameters(name)}, token, state)

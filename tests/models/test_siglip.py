@@ -33,7 +33,7 @@ def test_patch_embedding_is_a_convolution_with_stride_as_long_as_its_kernel(imag
 def test_untrained_connector_adds_nothing_to_the_decoder():
     config = SMALL["paligemma"].image
     image = jnp.ones((1, config.image_size, config.image_size, 3))
-    tokens, _ = Siglip(config).init_with_output(jax.random.key(0), image)
+    tokens, _ = jax.jit(Siglip(config).init_with_output)(jax.random.key(0), image)
     assert tokens.shape == (1, 16, config.output_dim)
     assert not tokens.any()
 

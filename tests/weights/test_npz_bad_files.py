@@ -153,8 +153,10 @@ def test_an_unreadable_file_is_told_from_a_bad_one(tmp_path):
 
 
 def test_a_remote_path_is_refused_by_its_form():
-    with pytest.raises(WeightsError, match="Copy it here"):
+    with pytest.raises(WeightsError, match="Use a local copy"):
         weights.load("gs://bucket/a.npz", expected={})
+    with pytest.raises(WeightsError, match="gs://bucket/a.npz: .* local files"):
+        weights.save("gs://bucket/a.npz", ARRAYS)
 
 
 def test_a_folder_says_which_files_it_holds(tmp_path):

@@ -1,0 +1,142 @@
+"""Answers prompts about images with a trained model.
+
+    python -m launch.predict --workdir=runs/demo --prompt="caption en" --images a.jpg b.png
+    python -m launch.predict --workdir=runs/demo --data=questions.jsonl --out=answers.jsonl
+    python -m launch.predict --config=configs/demo.py --weights=assets/tiny.npz --prompt="caption en" --images a.jpg
+
+Standard output gets the answers alone, one a line (a line break in an answer is written as \\n), in the order of the inputs; --out
+gets JSON lines with the inputs beside them. Exit codes: 0 all answered, 1 a bug, 2 bad command line or config, 3 bad weights,
+or inputs that could not be read (the others are answered).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import IO, TYPE_CHECKING, Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from launch import entry
+from pgdist.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from pgdist.evaluate.runner import Prediction
+    from pgdist.inference import LoadedModel
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "A finished run, whose config and model.npz are used.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Instead of a run's config: Python file with get_config().")
+_WEIGHTS = flags.DEFINE_string("weights", None, "An npz, instead of the run's model.npz or the config's init.")
+_DATA = flags.DEFINE_string("data", None, "JSONL with `image` and `prefix`, and `suffix` where there is a truth.")
+_IMAGES = flags.DEFINE_multi_string("images", [], "Image files; more may follow: --images a.jpg b.png.")
+_PROMPT = flags.DEFINE_string("prompt", None, "The prompt for all --images, such as 'caption en'.")
+_OUT = flags.DEFINE_string("out", None, "JSONL to write: image, prefix, suffix, prediction, score.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "Longest answer; the config's by default.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Inputs at a time; the config's by default.", lower_bound=1)
+_FAKE_DEVICES = flags.DEFINE_integer("fake_devices", None, "Simulate so many devices on the CPU.", lower_bound=1)
+
+
+def main(*more_images: str) -> None:
+    """Reads the flags, loads the model, answers."""
+    images = [*_IMAGES.value, *more_images]
+    _check_flags(images)
+    if _FAKE_DEVICES.value is not None:
+        entry.simulate_devices(_FAKE_DEVICES.value)
+    from pgdist.inference import load_model, read_run_config
+    from pgdist.workdir import Workdir
+
+    config = _CONFIG.value or read_run_config(_WORKDIR.value)
+    # Devices need not be those of the training run.
+    config.mesh.data, config.mesh.fsdp = 1, -1
+    path = _WEIGHTS.value or (config.init if _CONFIG.value else Workdir(_WORKDIR.value).model)
+    if not path:
+        raise ConfigError("config.init names no weights to decode with: give --weights=FILE.npz.")
+    loaded = load_model(config, path)
+    answers = _answer_data(config, loaded) if _DATA.value else _answer_images(config, loaded, images)
+    _write(answers)
+
+
+def _check_flags(images: Sequence[str]) -> None:
+    if bool(_WORKDIR.value) == bool(_CONFIG.value):
+        raise ConfigError("give --workdir=RUN (a finished run), or --config=FILE.py with --weights=FILE.npz; not both")
+    if bool(_DATA.value) == bool(images):
+        raise ConfigError("give what to answer: --data=FILE.jsonl, or --images a.jpg b.png with --prompt='caption en'")
+    if images and _PROMPT.value is None:
+        raise ConfigError("--images needs --prompt, such as --prompt='caption en'")
+    if _PROMPT.value is not None and not images:
+        raise ConfigError("--prompt goes with --images; the records of --data have their own `prefix`")
+
+
+def _answer_images(config: ConfigDict, loaded: LoadedModel, images: Sequence[str]) -> Iterator[Prediction]:
+    from pgdist.decode import generate
+    from pgdist.evaluate.runner import Prediction
+
+    texts = generate(
+        loaded.model,
+        loaded.params,
+        images=images,
+        prompts=_PROMPT.value,
+        tokenizer=loaded.tokenizer,
+        max_new_tokens=_MAX_NEW_TOKENS.value or config.eval.max_new_tokens,
+        batch_size=min(len(images), _BATCH_SIZE.value or config.batch_size),
+        mesh=loaded.mesh,
+    )
+    for index, (image, text) in enumerate(zip(images, texts, strict=True)):
+        yield Prediction(index=index, image=image, prefix=_PROMPT.value, prediction=text)
+
+
+def _answer_data(config: ConfigDict, loaded: LoadedModel) -> Iterator[Prediction]:
+    from pgdist.data.jsonl import JsonlSource
+    from pgdist.evaluate.metrics import metric
+    from pgdist.evaluate.runner import Evaluator
+
+    devices = loaded.mesh.size
+    data = config.data
+    evaluator = Evaluator(
+        model=loaded.model,
+        mesh=loaded.mesh,
+        source=JsonlSource(_DATA.value, prefix=data.prefix, lowercase=data.lowercase, require_suffix=False),
+        tokenizer=loaded.tokenizer,
+        text_length=data.text_length,
+        batch_size=-(-(_BATCH_SIZE.value or config.batch_size) // devices) * devices,
+        max_new_tokens=_MAX_NEW_TOKENS.value or config.eval.max_new_tokens,
+        metric=metric(config.eval.metric),
+    )
+    return evaluator.predict(loaded.params, {})
+
+
+def _write(answers: Iterator[Prediction]) -> None:
+    """Prints and writes the answers as they come; DataError at the end for inputs that could not be read."""
+    errors = []
+    with _open_out() as out:
+        for answer in answers:
+            if answer.error is not None:
+                errors.append(answer.error)
+            print(answer.prediction.replace("\n", "\\n"), flush=True)
+            out.write(json.dumps(_row(answer), ensure_ascii=False) + "\n")
+            out.flush()
+    if errors:
+        listed = "\n".join(f"  {error}" for error in errors)
+        raise DataError(f"{len(errors)} input(s) could not be read and have no answer:\n{listed}")
+
+
+def _row(answer: Prediction) -> dict[str, Any]:
+    row = {name: getattr(answer, name) for name in ("index", "image", "prefix", "suffix", "prediction")}
+    if answer.error is not None:
+        return {"index": answer.index, "prediction": None, "error": answer.error}
+    return row | ({} if answer.score is None else {"score": answer.score}) | {
+        name: value for name, value in answer.extra.items() if name not in row
+    }
+
+
+def _open_out() -> IO[str]:
+    try:
+        return open(_OUT.value or os.devnull, "w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out={_OUT.value}: cannot be written: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    entry.run(main, name="predict", usage=__doc__, positional="[IMAGE...]")
