@@ -1,7 +1,7 @@
 """Trains assets/tiny.npz from scratch on drawn scenes: captions, counts, boxes.
 
-    python tools/make_demo_data.py --task=pretrain --out=runs/pretrain_data --train=60000 --validation=300
-    python -m launch.train --config=configs/tiny_pretrain.py --workdir=runs/tiny_pretrain --fake_devices=4
+python tools/make_demo_data.py --task=pretrain --out=runs/pretrain_data --train=60000 --validation=300
+python -m launch.train --config=configs/tiny_pretrain.py --workdir=runs/tiny_pretrain --fake_devices=4
 """
 
 from ml_collections import ConfigDict
@@ -10,6 +10,7 @@ from pgdist.config import default_config
 
 
 def get_config() -> ConfigDict:
+    """The config; any field can be overridden on the command line."""
     c = default_config()
     c.model.preset = "tiny"
     c.model.image_dtype = c.model.text_dtype = "float32"  # a CPU computes bfloat16 slowly

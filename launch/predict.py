@@ -1,12 +1,12 @@
 """Answers prompts about images with a trained model.
 
-    python -m launch.predict --workdir=runs/demo --prompt="caption en" --images a.jpg b.png
-    python -m launch.predict --workdir=runs/demo --data=questions.jsonl --out=answers.jsonl
-    python -m launch.predict --config=configs/demo.py --weights=assets/tiny.npz --prompt="caption en" --images a.jpg
+    python -m launch.predict --workdir=runs/demo --prompt="caption en" --images a.jpg b.png python -m
+    launch.predict --workdir=runs/demo --data=questions.jsonl --out=answers.jsonl python -m launch.predict
+    --config=configs/demo.py --weights=assets/tiny.npz --prompt="caption en" --images a.jpg
 
-Standard output gets the answers alone, one a line (a line break in an answer is written as \\n), in the order of the inputs; --out
-gets JSON lines with the inputs beside them. Exit codes: 0 all answered, 1 a bug, 2 bad command line or config, 3 bad weights,
-or inputs that could not be read (the others are answered).
+Standard output gets the answers alone, one a line (a line break in an answer is written as \\n), in the
+order of the inputs; --out gets JSON lines with the inputs beside them. Exit codes: 0 all answered, 1 a bug,
+2 bad command line or config, 3 bad weights, or inputs that could not be read (the others are answered).
 """
 
 from __future__ import annotations
@@ -27,15 +27,27 @@ if TYPE_CHECKING:
     from pgdist.inference import LoadedModel
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "A finished run, whose config and model.npz are used.")
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Instead of a run's config: Python file with get_config().")
-_WEIGHTS = flags.DEFINE_string("weights", None, "An npz, instead of the run's model.npz or the config's init.")
-_DATA = flags.DEFINE_string("data", None, "JSONL with `image` and `prefix`, and `suffix` where there is a truth.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Instead of a run's config: Python file with get_config()."
+)
+_WEIGHTS = flags.DEFINE_string(
+    "weights", None, "An npz, instead of the run's model.npz or the config's init."
+)
+_DATA = flags.DEFINE_string(
+    "data", None, "JSONL with `image` and `prefix`, and `suffix` where there is a truth."
+)
 _IMAGES = flags.DEFINE_multi_string("images", [], "Image files; more may follow: --images a.jpg b.png.")
 _PROMPT = flags.DEFINE_string("prompt", None, "The prompt for all --images, such as 'caption en'.")
 _OUT = flags.DEFINE_string("out", None, "JSONL to write: image, prefix, suffix, prediction, score.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "Longest answer; the config's by default.", lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Inputs at a time; the config's by default.", lower_bound=1)
-_FAKE_DEVICES = flags.DEFINE_integer("fake_devices", None, "Simulate so many devices on the CPU.", lower_bound=1)
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", None, "Longest answer; the config's by default.", lower_bound=1
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "Inputs at a time; the config's by default.", lower_bound=1
+)
+_FAKE_DEVICES = flags.DEFINE_integer(
+    "fake_devices", None, "Simulate so many devices on the CPU.", lower_bound=1
+)
 
 
 def main(*more_images: str) -> None:
@@ -60,9 +72,13 @@ def main(*more_images: str) -> None:
 
 def _check_flags(images: Sequence[str]) -> None:
     if bool(_WORKDIR.value) == bool(_CONFIG.value):
-        raise ConfigError("give --workdir=RUN (a finished run), or --config=FILE.py with --weights=FILE.npz; not both")
+        raise ConfigError(
+            "give --workdir=RUN (a finished run), or --config=FILE.py with --weights=FILE.npz; not both"
+        )
     if bool(_DATA.value) == bool(images):
-        raise ConfigError("give what to answer: --data=FILE.jsonl, or --images a.jpg b.png with --prompt='caption en'")
+        raise ConfigError(
+            "give what to answer: --data=FILE.jsonl, or --images a.jpg b.png with --prompt='caption en'"
+        )
     if images and _PROMPT.value is None:
         raise ConfigError("--images needs --prompt, such as --prompt='caption en'")
     if _PROMPT.value is not None and not images:
@@ -126,9 +142,11 @@ def _row(answer: Prediction) -> dict[str, Any]:
     row = {name: getattr(answer, name) for name in ("index", "image", "prefix", "suffix", "prediction")}
     if answer.error is not None:
         return {"index": answer.index, "prediction": None, "error": answer.error}
-    return row | ({} if answer.score is None else {"score": answer.score}) | {
-        name: value for name, value in answer.extra.items() if name not in row
-    }
+    return (
+        row
+        | ({} if answer.score is None else {"score": answer.score})
+        | {name: value for name, value in answer.extra.items() if name not in row}
+    )
 
 
 def _open_out() -> IO[str]:

@@ -3,8 +3,8 @@
     python -m launch.train --config=configs/demo.py --workdir=runs/demo
     python -m launch.train --config=configs/demo.py --workdir=runs/demo --config.steps=100 --fake_devices=8
 
-Goes on from the newest checkpoint in the workdir. Exit codes: 0 finished, 1 a bug, 2 bad command line or config, 3 bad data
-or weights, 4 diverged, 42 stopped with its state saved, 43 a peer was lost.
+Goes on from the newest checkpoint in the workdir. Exit codes: 0 finished, 1 a bug, 2 bad command line or
+config, 3 bad data or weights, 4 diverged, 42 stopped with its state saved, 43 a peer was lost.
 """
 
 from __future__ import annotations

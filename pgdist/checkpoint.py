@@ -1,8 +1,8 @@
 """Checkpoints of the train state: Orbax behind save, restore and close.
 
-A checkpoint holds what training changes (see `pgdist.train.state`) and the fingerprint of the base weights it belongs to. It is
-written in the background and appears whole or not at all. One that cannot be read is set aside, never deleted, and the
-one before it is used.
+A checkpoint holds what training changes (see `pgdist.train.state`) and the fingerprint of the base weights
+it belongs to. It is written in the background and appears whole or not at all. One that cannot be read is
+set aside, never deleted, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class Checkpoints:
     """The checkpoints in a directory, the newest `keep` of them kept; all processes make the same calls."""
 
     def __init__(self, directory: Path, *, keep: int, belongs_to: Mapping[str, str]) -> None:
-        """belongs_to: what a checkpoint is worthless without (the base weights' fingerprint); checked at restore."""
+        """belongs_to: what a checkpoint is worthless without (the base weights' fingerprint); checked at
+        restore.
+        """
         self._directory = directory.absolute()
         self._keep = keep
         self._belongs_to = dict(belongs_to)
@@ -47,7 +49,9 @@ class Checkpoints:
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
     def save(self, step: int, state: PyTree) -> None:
-        """Starts to write the state after `step` updates; waits only for an earlier save that is still being written."""
+        """Starts to write the state after `step` updates; waits only for an earlier save that is still being
+        written.
+        """
         if step in self.steps():
             return
         self._checkpointer.save_async(step, state, custom_metadata=self._belongs_to)
@@ -81,12 +85,15 @@ class Checkpoints:
             belongs_to = self._checkpointer.metadata(step).custom_metadata
             state = self._checkpointer.load(step, abstract_state)
             jax.block_until_ready(state)
-        except Exception as error:  # noqa: BLE001  whatever a damaged file makes Orbax raise
-            logging.error("The checkpoint of step %d cannot be read (%s: %s).", step, type(error).__name__, error)
+        except Exception as error:
+            logging.error(
+                "The checkpoint of step %d cannot be read (%s: %s).", step, type(error).__name__, error
+            )
             return None
         if belongs_to != self._belongs_to:
             raise WeightsError(
-                f"{self._directory / str(step)} was trained on other base weights ({belongs_to}) than config.init gives "
+                f"{self._directory / str(step)} was trained on other base weights ({belongs_to}) than "
+                "config.init gives "
                 f"({self._belongs_to}). Give the weights it was started from, or a new --workdir."
             )
         return state

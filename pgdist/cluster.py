@@ -17,7 +17,8 @@ from pgdist.errors import ConfigError
 
 
 def join(*, coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Joins the job at coordinator "host:port" as process `process_id` of `num_processes`; nothing when all are None.
+    """Joins the job at coordinator "host:port" as process `process_id` of `num_processes`; nothing when all
+    are None.
 
     Raises ConfigError when only some are given or they cannot be true.
     """
@@ -35,7 +36,10 @@ def join(*, coordinator: str | None, num_processes: int | None, process_id: int 
     if not host or not port.isdigit():
         raise ConfigError(f"--coordinator: expected HOST:PORT, found {coordinator!r}.")
     if not 0 <= process_id < num_processes:
-        raise ConfigError(f"--process_id: expected 0 to {num_processes - 1} (--num_processes={num_processes}), found {process_id}.")
+        raise ConfigError(
+            f"--process_id: expected 0 to {num_processes - 1} (--num_processes={num_processes}), found "
+            f"{process_id}."
+        )
     jax.distributed.initialize(coordinator, num_processes, process_id)
     logging.info("Joined the job at %s as process %d of %d.", coordinator, process_id, num_processes)
 
@@ -67,8 +71,8 @@ def barrier(name: str) -> None:
 class StopRequest:
     """SIGTERM or SIGINT asks the job to save and stop; a context manager that puts the old handlers back.
 
-    A job of several processes relies on JAX's preemption service instead, which makes all of them stop at the same step:
-    a handler of our own would silence it.
+    A job of several processes relies on JAX's preemption service instead, which makes all of them stop at
+    the same step: a handler of our own would silence it.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,8 @@
-"""Every field of a run's config with its default, and the check that a config makes sense before anything is read.
+"""Every field of a run's config with its default, and the check that a config makes sense before anything is
+read.
 
-A config file defines `get_config()`, which starts from `default_config()` and changes what its task needs. Any field can be
+A config file defines `get_config()`, which starts from `default_config()` and changes what its task needs.
+Any field can be
 overridden on the command line: `--config.optimizer.learning_rate=0.01`.
 """
 
@@ -22,7 +24,9 @@ FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def default_config() -> ConfigDict:
-    """A fresh, locked ConfigDict of all fields; `model.preset`, `init`, `tokenizer` and `data.train` are the user's to set."""
+    """A fresh, locked ConfigDict of all fields; `model.preset`, `init`, `tokenizer` and `data.train` are the
+    user's to set.
+    """
     c = ConfigDict()
     c.seed = 0  # order of examples, choice among suffixes, initial weights
     c.steps = 64
@@ -39,7 +43,8 @@ def default_config() -> ConfigDict:
     c.model.final_logits_softcap = 0.0  # 0: none, which transfers better (PaliGemma 2 paper)
     c.model.remat = "none"  # what the backward pass recomputes: none, dots (all but matmuls of weights), full
 
-    # Which parameters train: the first regex that matches a whole name gives its learning-rate scale, 0 freezes it.
+    # Which parameters train: the first regex that matches a whole name gives its learning-rate scale, 0
+    # freezes it.
     c.trainable = (("llm/layers/attn/.*", 1.0), (".*", 0.0))
     c.frozen_dtype = "bfloat16"  # what frozen parameters are kept in; trainable ones are float32, always
 
@@ -91,13 +96,34 @@ def default_config() -> ConfigDict:
 
 
 def validate_config(config: ConfigDict) -> None:
-    """Raises ConfigError for a field that has a value no run can have; files are looked at where they are opened."""
+    """Raises ConfigError for a field that has a value no run can have; files are looked at where they are
+    opened.
+    """
     _check_choices(config)
-    for field in ("steps", "batch_size", "data.text_length", "eval.max_new_tokens", "checkpoint.every", "checkpoint.keep"):
+    for field in (
+        "steps",
+        "batch_size",
+        "data.text_length",
+        "eval.max_new_tokens",
+        "checkpoint.every",
+        "checkpoint.keep",
+    ):
         _check(config, field, lambda v: v >= 1, "at least 1")
-    for field in ("eval.every", "eval.examples", "eval.final_examples", "data.workers", "data.max_scored_positions", "patience"):
+    for field in (
+        "eval.every",
+        "eval.examples",
+        "eval.final_examples",
+        "data.workers",
+        "data.max_scored_positions",
+        "patience",
+    ):
         _check(config, field, lambda v: v >= 0, "0 or more")
-    for field in ("optimizer.learning_rate", "optimizer.clip_norm", "optimizer.weight_decay", "model.final_logits_softcap"):
+    for field in (
+        "optimizer.learning_rate",
+        "optimizer.clip_norm",
+        "optimizer.weight_decay",
+        "model.final_logits_softcap",
+    ):
         _check(config, field, lambda v: 0 <= v < float("inf"), "0 or more")
     for field in ("schedule.warmup", "schedule.cooldown", "data.max_bad_share"):
         _check(config, field, lambda v: 0 <= v <= 1, "a share from 0 to 1")
@@ -105,7 +131,12 @@ def validate_config(config: ConfigDict) -> None:
         _check(config, field, lambda v: 0 <= v < 1, "at least 0 and below 1")
     for field in ("tokenizer", "data.train"):
         _check(config, field, bool, "a path")
-    _check(config, "data.text_length", lambda v: v >= 4, "at least 4: BOS, a prefix token, separator, a suffix token")
+    _check(
+        config,
+        "data.text_length",
+        lambda v: v >= 4,
+        "at least 4: BOS, a prefix token, separator, a suffix token",
+    )
 
 
 def model_config(config: ConfigDict) -> PaliGemmaConfig:
@@ -125,13 +156,14 @@ def check_vocabulary(config: ConfigDict, tokens: int) -> None:
     embedded = PRESETS[config.model.preset].text.vocab_size
     if tokens > embedded:
         raise ConfigError(
-            f"config.tokenizer={config.tokenizer} has {tokens} tokens, config.model.preset={config.model.preset} embeds "
+            f"config.tokenizer={config.tokenizer} has {tokens} tokens, "
+            f"config.model.preset={config.model.preset} embeds "
             f"{embedded}: they do not belong together."
         )
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
-    """" Did you mean X?" for the likeliest of the candidates, or ""."""
+    """ " Did you mean X?" for the likeliest of the candidates, or ""."""
     close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
     return f" Did you mean {close[0]}?" if close else ""
 
@@ -157,11 +189,14 @@ def _check_choices(config: ConfigDict) -> None:
         value = get_field(config, field)
         if value not in allowed:
             raise ConfigError(
-                f"config.{field}: expected one of {', '.join(allowed)}; found {value!r}.{nearest(str(value), allowed)}"
+                f"config.{field}: expected one of {', '.join(allowed)}; found "
+                f"{value!r}.{nearest(str(value), allowed)}"
             )
 
 
 def _check(config: ConfigDict, field: str, is_valid: Any, expected: str) -> None:
     value = get_field(config, field)
     if not is_valid(value):
-        raise ConfigError(f"config.{field}: expected {expected}, found {value!r}. Set it with --config.{field}=VALUE.")
+        raise ConfigError(
+            f"config.{field}: expected {expected}, found {value!r}. Set it with --config.{field}=VALUE."
+        )

@@ -1,6 +1,7 @@
 """The main job from a config to a trained model: everything the other rooms offer, put together in order.
 
-    config -> mesh -> model -> weights onto their shards -> state (restored, if there is one) -> loop -> model.npz, report.html
+config -> mesh -> model -> weights onto their shards -> state (restored, if there is one) -> loop ->
+model.npz, report.html
 """
 
 from __future__ import annotations
@@ -35,7 +36,14 @@ from pgdist.models.presets import preset_layouts
 from pgdist.parameters import flatten, learning_rate_scales, merge, unflatten
 from pgdist.report import write_report
 from pgdist.report.examples import describe_examples
-from pgdist.telemetry import JsonlWriter, MetricWriter, MultiWriter, NullWriter, ProgressBar, TensorBoardWriter
+from pgdist.telemetry import (
+    JsonlWriter,
+    MetricWriter,
+    MultiWriter,
+    NullWriter,
+    ProgressBar,
+    TensorBoardWriter,
+)
 from pgdist.train.loop import Loop
 from pgdist.train.optimizer import decayed_names, make_optimizer, make_schedule
 from pgdist.train.state import TrainState, init_state, state_shardings
@@ -66,9 +74,11 @@ def finetune(
 ) -> Finetuned:
     """Fine-tunes as the config says, going on from the newest checkpoint in `workdir` if there is one.
 
-    config: see `pgdist.config.default_config`.  should_stop: asked after each update; True saves and raises Preempted.
-    fork: go on in a workdir that another config began.  writers: take the metrics beside metrics.jsonl and TensorBoard.
-    All processes of a job call this together. Raises UserError subclasses for what its user can mend.
+    config: see `pgdist.config.default_config`.  should_stop: asked after each update; True saves and raises
+    Preempted.
+    fork: go on in a workdir that another config began.  writers: take the metrics beside metrics.jsonl and
+    TensorBoard. All processes of a job call this together. Raises UserError subclasses for what its user can
+    mend.
     """
     validate_config(config)
     job = _Job(config, Workdir(workdir))
@@ -155,7 +165,9 @@ class _Job:
         self.optimizer = make_optimizer(config, scales=self.scales, decayed=self.decayed)
         trainable_shapes = unflatten({name: self.shapes[name] for name in trained})
         trainable_shardings = unflatten({name: self.shardings[name] for name in trained})
-        self.state_shardings = state_shardings(self.optimizer, trainable_shardings, trainable_shapes, self.mesh)
+        self.state_shardings = state_shardings(
+            self.optimizer, trainable_shardings, trainable_shapes, self.mesh
+        )
         self.train_step = make_train_step(
             self.model,
             self.optimizer,
@@ -170,9 +182,12 @@ class _Job:
     def load_weights(self) -> tuple[PyTree, TrainState]:
         """(frozen parameters, the state before the first step), from `config.init` or at random by the seed."""
         dtypes = {
-            name: jnp.dtype("float32" if scale else self.config.frozen_dtype) for name, scale in self.scales.items()
+            name: jnp.dtype("float32" if scale else self.config.frozen_dtype)
+            for name, scale in self.scales.items()
         }
-        expected = {name: jax.ShapeDtypeStruct(leaf.shape, dtypes[name]) for name, leaf in self.shapes.items()}
+        expected = {
+            name: jax.ShapeDtypeStruct(leaf.shape, dtypes[name]) for name, leaf in self.shapes.items()
+        }
         if self.config.init:
             arrays = weights.load(
                 self.config.init, expected=expected, shardings=self.shardings, layouts=preset_layouts
@@ -185,7 +200,9 @@ class _Job:
 
     def open_checkpoints(self) -> Checkpoints:
         """The run's checkpoints, which belong to its base weights."""
-        base = weights.fingerprint(self.config.init) if self.config.init else f"random, seed {self.config.seed}"
+        base = (
+            weights.fingerprint(self.config.init) if self.config.init else f"random, seed {self.config.seed}"
+        )
         return Checkpoints(
             self.workdir.checkpoints, keep=self.config.checkpoint.keep, belongs_to={"base_weights": base}
         )
@@ -227,11 +244,15 @@ class _Job:
         limit = (config.final_examples or None) if at_an_end else config.examples
         losses = self.evaluator.validation_loss(state.trainable, frozen)
         found = {f"validation/{name}": value for name, value in losses.items()}
-        predictions = [p for p in self.evaluator.predict(state.trainable, frozen, limit=limit) if p.error is None]
+        predictions = [
+            p for p in self.evaluator.predict(state.trainable, frozen, limit=limit) if p.error is None
+        ]
         if at_an_end:
             found[f"validation/{config.metric}"] = mean_score(predictions)
         if cluster.is_primary():
-            write_jsonl(self.workdir.predictions(step), [_prediction_row(p, config.metric) for p in predictions])
+            write_jsonl(
+                self.workdir.predictions(step), [_prediction_row(p, config.metric) for p in predictions]
+            )
             self.write_report()
         return found
 
@@ -246,7 +267,8 @@ class _Job:
                 "lr_scale": self.scales[name],
                 "decay": name in self.decayed,
                 "sharding": _describe_sharding(self.shardings[name].spec),
-                "bytes": math.prod(leaf.shape) * (4 if self.scales[name] else jnp.dtype(self.config.frozen_dtype).itemsize),
+                "bytes": math.prod(leaf.shape)
+                * (4 if self.scales[name] else jnp.dtype(self.config.frozen_dtype).itemsize),
             }
             for name, leaf in self.shapes.items()
         ]
@@ -278,7 +300,9 @@ class _Job:
         return source
 
     def _make_evaluator(self) -> Evaluator | None:
-        metric = metrics.metric(self.config.eval.metric)  # a wrong name is an error now, not at the first evaluation
+        metric = metrics.metric(
+            self.config.eval.metric
+        )  # a wrong name is an error now, not at the first evaluation
         if self.validation_source is None:
             return None
         return Evaluator(
@@ -328,7 +352,9 @@ def _format_table(table: Sequence[Mapping[str, Any]]) -> str:
             trains = f"lr x {row['lr_scale']:g}" + (", decays" if row["decay"] else "")
         rows.append((row["name"], json.dumps(row["shape"]), row["dtype"], trains, row["sharding"]))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
     trained = sum(math.prod(row["shape"]) for row in table if row["trainable"])
     total = sum(math.prod(row["shape"]) for row in table)
     return "\n".join([*lines, f"{trained:,} of {total:,} parameters train."])

@@ -42,7 +42,8 @@ def read_run_config(workdir: str | os.PathLike[str]) -> ConfigDict:
         return ConfigDict(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"--workdir={workdir}: expected a run's folder with its config.json, found: {error}. Name the --workdir of a training run, "
+            f"--workdir={workdir}: expected a run's folder with its config.json, found: {error}. Name "
+            "the --workdir of a training run, "
             "or give --config and --weights."
         ) from error
 

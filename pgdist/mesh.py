@@ -1,8 +1,8 @@
 """The data/fsdp mesh: where every parameter and every row of a batch lives on it.
 
-The batch is split over both axes, parameters over `fsdp` along a dimension that is written down here for each of them. What that
-dimension cannot give (a vector, a size that the axis does not divide) stays whole on every device, and the parameter table
-says so.
+The batch is split over both axes, parameters over `fsdp` along a dimension that is written down here for
+each of them. What that dimension cannot give (a vector, a size that the axis does not divide) stays whole on
+every device, and the parameter table says so.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from pgdist.errors import ConfigError
 
 AXES = ("data", "fsdp")
 
-# The dimension that `fsdp` splits. It is the model width wherever the array has one: widths (1152 = 2^7 * 9, 2048,
-# 2304 = 2^8 * 9, 3584 = 2^9 * 7, 4608 = 2^9 * 9) divide by 128, while 4304 = 16 * 269, the vocabulary (128 * 2009) and head counts
-# do not or stop there. Norms, biases and other vectors a layer are too small to be worth a gather.
+# The dimension that `fsdp` splits. It is the model width wherever the array has one: widths (1152 = 2^7 * 9,
+# 2048, 2304 = 2^8 * 9, 3584 = 2^9 * 7, 4608 = 2^9 * 9) divide by 128, while 4304 = 16 * 269, the vocabulary
+# (128 * 2009) and head counts do not or stop there. Norms, biases and other vectors a layer are too small to
+# be worth a gather.
 _SPLIT_DIMENSION = tuple(
     (re.compile(pattern), dimension)
     for pattern, dimension in (
@@ -51,7 +52,9 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, devices: Sequence[jax.Device] | 
     sizes = {"data": data, "fsdp": fsdp}
     for name, size in sizes.items():
         if size == 0 or size < -1:
-            raise ConfigError(f"config.mesh.{name}: expected a positive number or -1 (all that is left), found {size}.")
+            raise ConfigError(
+                f"config.mesh.{name}: expected a positive number or -1 (all that is left), found {size}."
+            )
     if data == -1 and fsdp == -1:
         raise ConfigError("config.mesh: only one of data and fsdp can be -1 (all that is left).")
     if data == -1:
@@ -60,7 +63,8 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, devices: Sequence[jax.Device] | 
         fsdp = count // data
     if data * fsdp != count or not data:
         raise ConfigError(
-            f"config.mesh: data={sizes['data']} x fsdp={sizes['fsdp']} does not fit {count} device(s): their product "
+            f"config.mesh: data={sizes['data']} x fsdp={sizes['fsdp']} does not fit {count} device(s): "
+            "their product "
             f"must be {count}. Set one of them to -1, or simulate devices on a CPU with --fake_devices=N."
         )
     # Auto axes: with Explicit ones a scan over sharded layers is refused (DuplicateSpecError).
@@ -100,15 +104,20 @@ def host_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
     shards = sharding.mesh.size
     if batch_size % shards:
         raise ConfigError(
-            f"config.batch_size={batch_size} does not divide by the {shards} devices of the mesh: use a multiple of {shards}."
+            f"config.batch_size={batch_size} does not divide by the {shards} devices of the mesh: use a "
+            f"multiple of {shards}."
         )
     indices = sharding.addressable_devices_indices_map((batch_size,)).values()
     rows = [np.arange(batch_size)[index] for (index,) in indices]
     return np.unique(np.concatenate(rows))
 
 
-def put_batch(arrays: Mapping[str, np.ndarray], *, sharding: NamedSharding, batch_size: int) -> dict[str, jax.Array]:
-    """Global arrays [B, ...] of this process's rows [rows, ...], which are those of `host_rows`, in that order."""
+def put_batch(
+    arrays: Mapping[str, np.ndarray], *, sharding: NamedSharding, batch_size: int
+) -> dict[str, jax.Array]:
+    """Global arrays [B, ...] of this process's rows [rows, ...], which are those of `host_rows`, in that
+    order.
+    """
     rows = host_rows(sharding, batch_size)
 
     def put(local: np.ndarray) -> jax.Array:

@@ -1,6 +1,8 @@
-"""Parameters by name: every rule about them (what trains, how fast, what decays, where it lives) is a regex over names.
+"""Parameters by name: every rule about them (what trains, how fast, what decays, where it lives) is a regex
+over names.
 
-A name is the path in the nested tree joined by "/", as in the published checkpoints: `llm/layers/attn/q_einsum/w`.
+A name is the path in the nested tree joined by "/", as in the published checkpoints:
+`llm/layers/attn/q_einsum/w`.
 """
 
 from __future__ import annotations
@@ -41,10 +43,11 @@ def merge(*trees: PyTree) -> PyTree:
 
 
 def learning_rate_scales(names: Iterable[str], rules: Sequence[tuple[str, float]]) -> dict[str, float]:
-    """The learning-rate scale of each parameter, 0 for frozen ones: the first rule whose regex matches the whole name.
+    """The learning-rate scale of each parameter, 0 for frozen ones: the first rule whose regex matches the
+    whole name.
 
-    Raises ConfigError for a rule that is no (regex, scale) pair, a parameter that no rule covers, a rule that matches nothing, and rules
-    that leave nothing to train.
+    Raises ConfigError for a rule that is no (regex, scale) pair, a parameter that no rule covers, a rule
+    that matches nothing, and rules that leave nothing to train.
     """
     names = list(names)
     patterns = [_compile_rule(number, rule) for number, rule in enumerate(rules)]

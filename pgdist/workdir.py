@@ -1,8 +1,8 @@
 """The folder of a run: where each file lies, and whether a config may go on in it.
 
-    config.json env.json parameters.json     what ran, on what
-    metrics.jsonl tb/ examples.jsonl predictions/ report.html     what to look at
-    checkpoints/ model.npz bad_records.jsonl
+config.json env.json parameters.json     what ran, on what
+metrics.jsonl tb/ examples.jsonl predictions/ report.html     what to look at
+checkpoints/ model.npz bad_records.jsonl
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ class Workdir:
 
     def bad_records(self, process_index: int) -> Path:
         """The bad records that a process met; process 0's has the plain name."""
-        return self.path / ("bad_records.jsonl" if process_index == 0 else f"bad_records_{process_index:03d}.jsonl")
+        return self.path / (
+            "bad_records.jsonl" if process_index == 0 else f"bad_records_{process_index:03d}.jsonl"
+        )
 
     def prepare(self, config: ConfigDict, *, fork: bool) -> None:
         """Makes the folder and records the config in it.
 
-        Raises ConfigError where the folder cannot be written, or belongs to another config and `fork` is not set;
-        with it the old config is kept as config_before_fork_N.json.
+        Raises ConfigError where the folder cannot be written, or belongs to another config and `fork` is not
+        set; with it the old config is kept as config_before_fork_N.json.
         """
         values = flatten_config(config)
         if cluster.is_primary():
@@ -75,7 +77,9 @@ class Workdir:
             old_text = self.config.read_text()
             old = _flatten(json.loads(old_text))
         except ValueError as error:
-            raise ConfigError(f"{self.config} is not valid JSON ({error}): mend it, or use a new --workdir.") from error
+            raise ConfigError(
+                f"{self.config} is not valid JSON ({error}): mend it, or use a new --workdir."
+            ) from error
         different = [
             f"  config.{field}: {old.get(field)!r} -> {values.get(field)!r}"
             for field in sorted(old.keys() | values.keys())

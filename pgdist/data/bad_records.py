@@ -45,9 +45,11 @@ class BadRecordLog:
 class BadShare:
     """Counts the rows of the job and refuses to go on when too many of them are masked."""
 
-    def __init__(self, *, num_examples: int, max_share: float) -> None:
+    def __init__(self, *, num_examples: int, max_share: float, first_row: int = 0) -> None:
+        """first_row: the global row that counting starts at, where a run is resumed."""
         self.num_examples = num_examples
         self.max_share = max_share
+        self.first_row = first_row
         self._masked = 0
         self._rows = 0
 
@@ -55,13 +57,22 @@ class BadShare:
         """Counts rows of a global batch, the same in every process; raises DataError above the share."""
         self._masked += masked_rows
         self._rows += rows
-        judged = max(self._rows, min(self.num_examples, _ROWS_TO_JUDGE))
-        if self._masked > self.max_share * judged:
+        if self._masked > self.max_share * self._rows_to_judge():
             raise DataError(
-                f"{self._masked} of {self._rows} rows so far are masked because their records are bad, more than the share "
-                f"of {self.max_share:g} allowed by config.data.max_bad_share; bad_records.jsonl in the workdir lists them "
-                "with their reasons: mend them or allow more."
+                f"{self._masked} of {self._rows} rows so far are masked because their records are bad, "
+                "more than"
+                f" the share of {self.max_share:g} allowed by config.data.max_bad_share; "
+                "bad_records.jsonl in the"
+                " workdir lists them with their reasons: mend them or allow more."
             )
+
+    def _rows_to_judge(self) -> int:
+        if self.num_examples > _ROWS_TO_JUDGE:
+            return max(self._rows, _ROWS_TO_JUDGE)
+        # Every epoch begun counts as a whole: its bad records may come early by chance, but no more than there are.
+        first_epoch = self.first_row // self.num_examples
+        end_epoch = -(-(self.first_row + self._rows) // self.num_examples)
+        return (end_epoch - first_epoch) * self.num_examples
 
 
 def refuse_bad_share(bad: Iterable[BadRecord], *, num_examples: int, max_share: float) -> None:
@@ -73,7 +84,7 @@ def refuse_bad_share(bad: Iterable[BadRecord], *, num_examples: int, max_share: 
     more = f"\n  and {len(bad) - 5} more" if len(bad) > 5 else ""
     raise DataError(
         f"{len(bad)} of {num_examples} examples are bad, more than the share of {max_share:g} allowed by"
-        f" data.max_bad_share; mend them or allow more:\n{shown}{more}"
+        f" config.data.max_bad_share; mend them or allow more:\n{shown}{more}"
     )
 
 

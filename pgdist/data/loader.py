@@ -59,7 +59,7 @@ class HostBatch:
 
 
 class HostBatches(Iterator[HostBatch]):
-    """The batches in order; `close()` (or the end of a `with`, or of the object) stops threads and workers."""
+    """The batches in order; `close()` (or a `with`'s end, or the object's) stops threads and workers."""
 
     def __init__(self, rows: Iterator[_Row], *, first_step: int, rows_per_step: int) -> None:
         self._rows = rows

@@ -30,7 +30,8 @@ PyTree = Any
 class Prediction:
     """An answer beside its example, or the reason why there is none.
 
-    score: 0 to 1 by the metric; None where there is no truth to score against.  error: why a record could not be read.
+    score: 0 to 1 by the metric; None where there is no truth to score against.  error: why a record could
+    not be read.
     """
 
     index: int
@@ -91,7 +92,9 @@ class Evaluator:
                     yield self._prediction(answer.index, self.tokenizer.decode(answer.tokens))
                 else:
                     # Only the process that read the record knows more than that it is bad.
-                    error = reasons.get(answer.index, f"{self.source.path}: example {answer.index} cannot be read")
+                    error = reasons.get(
+                        answer.index, f"{self.source.path}: example {answer.index} cannot be read"
+                    )
                     yield Prediction(index=answer.index, error=error)
 
     def _prediction(self, index: int, text: str) -> Prediction:

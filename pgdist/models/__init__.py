@@ -1,4 +1,6 @@
-"""SigLIP, Gemma and PaliGemma in flax linen, with the published checkpoint's parameter tree; see `presets` for sizes."""
+"""SigLIP, Gemma and PaliGemma in flax linen, with the published checkpoint's parameter tree; see `presets`
+for sizes.
+"""
 
 from pgdist.models.gemma import Gemma, GemmaConfig
 from pgdist.models.paligemma import PaliGemma, PaliGemmaConfig, normalize_image, parameter_shapes

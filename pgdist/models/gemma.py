@@ -1,9 +1,10 @@
 """The Gemma 1 and Gemma 2 decoders: scanned blocks over embedded tokens, with an explicit KV cache.
 
-One set of modules serves both generations: soft-caps, post-norms, head counts and query scale are fields. Names and
-shapes of parameters are the published checkpoint's. The cache is no hidden variable: a block takes the keys and values
-of earlier tokens and returns those of its own, and whoever decodes owns the arrays. Norms, rotary angles, attention logits and
-softmax are float32; everything else runs in `dtype`, whatever the dtype of the parameters.
+One set of modules serves both generations: soft-caps, post-norms, head counts and query scale are fields.
+Names and shapes of parameters are the published checkpoint's. The cache is no hidden variable: a block takes
+the keys and values of earlier tokens and returns those of its own, and whoever decodes owns the arrays.
+Norms, rotary angles, attention logits and softmax are float32; everything else runs in `dtype`, whatever the
+dtype of the parameters.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from jax.typing import DTypeLike
 
 from pgdist.models.remat import rematerialize
 
-MASKED_LOGIT = -2.3819763e38  # the published models' constant: finite, so that a row that sees nothing stays finite
+MASKED_LOGIT = (
+    -2.3819763e38
+)  # the published models' constant: finite, so that a row that sees nothing stays finite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,9 @@ def softcap(logits: jax.Array, cap: float) -> jax.Array:
 
 
 def rotate(x: jax.Array, positions: jax.Array, *, max_wavelength: float = 10_000.0) -> jax.Array:
-    """Rotary position embedding of x [B, T, N, H] at int positions [B, T]; the first half of H turns with the second."""
+    """Rotary position embedding of x [B, T, N, H] at int positions [B, T]; the first half of H turns with the
+    second.
+    """
     half = x.shape[-1] // 2
     timescale = max_wavelength ** (jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[:, :, None, None].astype(jnp.float32) / timescale
@@ -99,7 +104,12 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, positions: jax.Array, mask: jax.Array, cache: KVCache | None, slot: jax.Array | None
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        cache: KVCache | None,
+        slot: jax.Array | None,
     ) -> tuple[jax.Array, KVCache]:
         """x [B, T, D], positions int[B, T], mask bool[B, T, S] -> ([B, T, D], this layer's keys and values).
 
@@ -116,7 +126,9 @@ class Attention(nn.Module):
         key = rotate(key, positions)
         if cache is not None:
             key = jax.lax.dynamic_update_slice_in_dim(cache.key, key.astype(cache.key.dtype), slot, axis=1)
-            value = jax.lax.dynamic_update_slice_in_dim(cache.value, value.astype(cache.value.dtype), slot, axis=1)
+            value = jax.lax.dynamic_update_slice_in_dim(
+                cache.value, value.astype(cache.value.dtype), slot, axis=1
+            )
         new_cache = KVCache(key=key, value=value)
         query = query.reshape(batch, length, c.num_kv_heads, groups, c.head_dim)
         logits = jnp.einsum(
@@ -142,7 +154,9 @@ class GatedMlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         c = self.config
-        fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-2, out_axis=-1, batch_axis=0)
+        fan_in = nn.initializers.variance_scaling(
+            1.0, "fan_in", "normal", in_axis=-2, out_axis=-1, batch_axis=0
+        )
         gating = self.param("gating_einsum", fan_in, (2, c.width, c.mlp_dim)).astype(x.dtype)
         linear = self.param("linear", nn.initializers.lecun_normal(), (c.mlp_dim, c.width)).astype(x.dtype)
         shape = x.shape
@@ -158,7 +172,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, cache: KVCache | None, positions: jax.Array, mask: jax.Array, slot: jax.Array | None
+        self,
+        x: jax.Array,
+        cache: KVCache | None,
+        positions: jax.Array,
+        mask: jax.Array,
+        slot: jax.Array | None,
     ) -> tuple[jax.Array, KVCache]:
         """x [B, T, D] -> ([B, T, D], this layer's keys and values); see `Attention`."""
         c = self.config

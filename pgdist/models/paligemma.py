@@ -1,6 +1,7 @@
 """PaliGemma: image tokens in front of text tokens, one decoder over both, prefix-LM attention.
 
-The sequence is [N image tokens, T text tokens]. `mask_ar` (0 on image, prefix and separator, 1 on the suffix) says what
+The sequence is [N image tokens, T text tokens]. `mask_ar` (0 on image, prefix and separator, 1 on the
+suffix) says what
 may be seen: query q sees key k iff cumsum(mask_ar)[k] <= cumsum(mask_ar)[q] and k is not padding.
 """
 
@@ -29,8 +30,8 @@ class PaliGemmaConfig:
 class DecodingState:
     """What decoding carries from token to token.
 
-    kv: [L, B, S, K, H].  visible: bool[B, S], slots that hold a real token.  position: int32[B], of the next token of
-    each row.  slot: int32[], where the next token of every row is written.
+    kv: [L, B, S, K, H].  visible: bool[B, S], slots that hold a real token.  position: int32[B], of the next
+    token of each row.  slot: int32[], where the next token of every row is written.
     """
 
     kv: KVCache
@@ -89,9 +90,11 @@ class PaliGemma(nn.Module):
     def prefill(
         self, image: jax.Array, prompt: jax.Array, input_mask: jax.Array, *, max_new_tokens: int
     ) -> tuple[jax.Array, DecodingState]:
-        """Reads image and prompt; returns the logits of the first new token, float32[B, V], and room for the rest.
+        """Reads image and prompt; returns the logits of the first new token, float32[B, V], and room for the
+        rest.
 
-        prompt: int[B, P], right-padded.  input_mask: bool[B, P].  The cache has S = N + P + max_new_tokens slots.
+        prompt: int[B, P], right-padded.  input_mask: bool[B, P].  The cache has S = N + P + max_new_tokens
+        slots.
         """
         image_tokens = self.img(image)
         n = image_tokens.shape[1]
@@ -112,7 +115,9 @@ class PaliGemma(nn.Module):
         return self.llm.logits(last), state
 
     def extend(self, token: jax.Array, state: DecodingState) -> tuple[jax.Array, DecodingState]:
-        """Reads one token of each row, int[B]; returns the next one's logits, float32[B, V], and the new state."""
+        """Reads one token of each row, int[B]; returns the next one's logits, float32[B, V], and the new
+        state.
+        """
         visible = state.visible.at[:, state.slot].set(True)
         hidden, kv = self.llm(
             self.llm.embed(token[:, None]),

@@ -1,6 +1,7 @@
 """Every published size by name, and `tiny`, the size of the model that the repository carries.
 
-Figures: PaliGemma (arXiv 2407.07726) and PaliGemma 2 (arXiv 2412.03555), and the published implementation's variants.
+Figures: PaliGemma (arXiv 2407.07726) and PaliGemma 2 (arXiv 2412.03555), and the published implementation's
+variants.
 """
 
 from __future__ import annotations
@@ -32,7 +33,14 @@ _GEMMA2_27B = GemmaConfig(
     attn_logits_softcap=50.0, post_norms=True,
 )  # fmt: skip
 _TINY_TEXT = GemmaConfig(
-    width=96, depth=4, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32, query_scale=32**-0.5, vocab_size=1344
+    width=96,
+    depth=4,
+    mlp_dim=256,
+    num_heads=4,
+    num_kv_heads=1,
+    head_dim=32,
+    query_scale=32**-0.5,
+    vocab_size=1344,
 )
 _TINY_IMAGE = SiglipConfig(
     image_size=56, patch_size=7, width=64, depth=3, num_heads=4, mlp_dim=192, output_dim=_TINY_TEXT.width
@@ -76,5 +84,6 @@ def preset(
 def preset_layouts() -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """{preset: {parameter name: shape}}, for telling which preset a file of weights belongs to."""
     return {
-        name: traverse_util.flatten_dict(parameter_shapes(config), sep="/") for name, config in PRESETS.items()
+        name: traverse_util.flatten_dict(parameter_shapes(config), sep="/")
+        for name, config in PRESETS.items()
     }

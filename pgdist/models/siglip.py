@@ -1,8 +1,8 @@
 """The SigLIP image encoder: patches -> pre-norm transformer -> linear connector into the decoder's width.
 
-Names and shapes of parameters are the published checkpoint's: the blocks are one scanned block whose arrays have the
-layer on axis 0. There is no pooling: each patch becomes one image token. Norms and softmax run in float32, everything
-else in `dtype`, whatever the dtype of the parameters.
+Names and shapes of parameters are the published checkpoint's: the blocks are one scanned block whose arrays
+have the layer on axis 0. There is no pooling: each patch becomes one image token. Norms and softmax run in
+float32, everything else in `dtype`, whatever the dtype of the parameters.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The training loop: what happens at each step, in the order that keeps a run safe.
 
-Metrics are read one step late, so that the device always has the next step queued while the host looks at the last one.
+Metrics are read one step late, so that the device always has the next step queued while the host looks at
+the last one.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ PyTree = Any
 class Loop:
     """Everything a run's loop touches. Null objects stand for what a run does without.
 
-    batches: this process's rows of each step from `state.step` on.  evaluate: called with (updates made, state); returns
-    metrics.  should_stop: asked after every update, with the same answer in every process.  sequence_length: tokens that
-    the decoder reads an example, image and text.
+    batches: this process's rows of each step from `state.step` on.  evaluate: called with (updates made,
+    state); returns metrics.  should_stop: asked after every update, with the same answer in every process.
+    sequence_length: tokens that the decoder reads an example, image and text.
     """
 
     step: TrainStep
@@ -57,8 +58,8 @@ class Loop:
     def run(self, state: TrainState) -> TrainState:
         """Trains to `total_steps` updates; returns the last state.
 
-        Raises DivergedError after `patience` + 1 steps in a row that are not finite, DataError above the allowed share of
-        bad records, Preempted after a stop was asked for and the state saved.
+        Raises DivergedError after `patience` + 1 steps in a row that are not finite, DataError above the
+        allowed share of bad records, Preempted after a stop was asked for and the state saved.
         """
         first = int(state.step)
         log = _StepLog(self)
@@ -69,13 +70,16 @@ class Loop:
             done = step + 1
             stop = self.should_stop(done)
             if stop or done % self.checkpoint_every == 0 or done == self.total_steps:
-                # Look at the loss, then save, and only then fetch the next batch: what is on disk is never a state whose
-                # loss nobody has seen.
+                # Look at the loss, then save, and only then fetch the next batch: what is on disk is never a
+                # state whose loss nobody has seen.
                 log.flush()
                 self._save(done, state, log)
             if stop:
                 self.checkpoints.wait()
-                raise Preempted(f"Stopped as asked after step {done} of {self.total_steps}; the state is saved: start again to go on.")
+                raise Preempted(
+                    f"Stopped as asked after step {done} of {self.total_steps}; the state is saved: "
+                    "start again to go on."
+                )
             if done == self.total_steps or (self.evaluate_every and done % self.evaluate_every == 0):
                 log.flush()
                 started = time.perf_counter()
@@ -117,7 +121,10 @@ class _StepLog:
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Queues the metrics of a step that was just dispatched and reads those of the one before."""
         self.flush()
-        host = {"time/data_wait_seconds": self.data_wait_seconds, "train/truncated_rows": float(self.truncated_rows)}
+        host = {
+            "time/data_wait_seconds": self.data_wait_seconds,
+            "train/truncated_rows": float(self.truncated_rows),
+        }
         self._pending = step, {"device": metrics, "host": host}
 
     def exclude(self, seconds: float) -> None:
@@ -155,10 +162,18 @@ class _StepLog:
         loop.bad_share.add(masked_rows=loop.batch_size - round(found["examples"]), rows=loop.batch_size)
         self._bad_steps = 0 if found["finite"] else self._bad_steps + 1
         if self._bad_steps:
-            logging.warning("Step %d: loss %s, gradient norm %s; its update is left out.", step + 1, found["loss"], found["grad_norm"])
+            logging.warning(
+                "Step %d: loss %s, gradient norm %s; its update is left out.",
+                step + 1,
+                found["loss"],
+                found["grad_norm"],
+            )
         if self._bad_steps > loop.patience:
             raise DivergedError(
-                f"Training diverged: loss or gradients were not finite in {self._bad_steps} steps in a row, up to step {step + 1} "
-                f"(loss {found['loss']}, gradient norm {found['grad_norm']}). Nothing of them was saved. Lower "
-                "config.optimizer.learning_rate or set config.optimizer.clip_norm, and start again from the last checkpoint."
+                f"Training diverged: loss or gradients were not finite in {self._bad_steps} steps in a "
+                f"row, up to step {step + 1} "
+                f"(loss {found['loss']}, gradient norm {found['grad_norm']}). Nothing of them was saved. "
+                "Lower "
+                "config.optimizer.learning_rate or set config.optimizer.clip_norm, and start again from "
+                "the last checkpoint."
             )

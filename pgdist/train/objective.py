@@ -1,7 +1,8 @@
-"""The training objective: the mean over examples of the mean negative log-likelihood of each example's suffix.
+"""The training objective: the mean over examples of the mean negative log-likelihood of each example's
+suffix.
 
-Vocabulary logits are formed for a block of positions at a time and formed again in the backward pass, so they never
-exist for a whole batch.
+Vocabulary logits are formed for a block of positions at a time and formed again in the backward pass, so
+they never exist for a whole batch.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def token_losses(
     final_logits_softcap: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """(Negative log-likelihood of each target in nats, whether it is the likeliest token), float32[B, S] each.
+    """(Negative log-likelihood of each target in nats, whether it is the likeliest token), float32[B, S]
+    each.
 
     hidden: dtype[B, S, D], final-norm outputs.  embedding: [V, D].  targets: int[B, S].
     block: positions of each row whose logits exist at a time: memory is B*block*V, not B*S*V.
@@ -81,7 +83,8 @@ def batch_loss(
     max_scored_positions: int = 0,
     label_smoothing: float = 0.0,
 ) -> BatchLoss:
-    """Sums of the loss over the rows with weight 1 of a batch of rows (see `pgdist.data`), under a mesh or none.
+    """Sums of the loss over the rows with weight 1 of a batch of rows (see `pgdist.data`), under a mesh or
+    none.
 
     max_scored_positions: at most so many suffix tokens a row are scored (0: all), the first ones.
     """

@@ -1,7 +1,8 @@
 """Learning-rate schedules as published, and the optimizer as one optax transformation.
 
-The update of step s is -schedule(s) * (learning_rate * scale * direction + weight_decay * parameter): as in the published
-implementation, weight decay does not depend on the learning rate, and both follow the schedule.
+The update of step s is -schedule(s) * (learning_rate * scale * direction + weight_decay * parameter): as in
+the published implementation, weight decay does not depend on the learning rate, and both follow the
+schedule.
 """
 
 from __future__ import annotations
@@ -23,12 +24,19 @@ OPTIMIZERS = ("sgd", "momentum", "adamw")
 
 
 def relative_rate(
-    step: ArrayLike, *, name: str, total_steps: int, warmup_steps: int = 0, cooldown_steps: int = 0, end: float = 0.0
+    step: ArrayLike,
+    *,
+    name: str,
+    total_steps: int,
+    warmup_steps: int = 0,
+    cooldown_steps: int = 0,
+    end: float = 0.0,
 ) -> jax.Array:
     """The learning rate at a 0-based step s of T, as a share of the base rate, float32[].
 
-    With W warm-up and C cool-down steps and p = clip((s-W)/(T-W), 0, 1): cosine (1+cos(pi p))/2; linear end + (1-end)(1-p);
-    rsqrt 1/sqrt(1+(s-W)/10,000) from W on; then * min(1, s/W) * min(1, (T-s)/C). (The published implementation's.)
+    With W warm-up and C cool-down steps and p = clip((s-W)/(T-W), 0, 1): cosine (1+cos(pi p))/2; linear end
+    + (1-end)(1-p); rsqrt 1/sqrt(1+(s-W)/10,000) from W on; then * min(1, s/W) * min(1, (T-s)/C). (The
+    published implementation's.)
     """
     s = jnp.asarray(step, jnp.float32)
     progress = jnp.clip((s - warmup_steps) / max(1, total_steps - warmup_steps), 0.0, 1.0)
@@ -73,14 +81,17 @@ def make_schedule(config: ConfigDict) -> Callable[[ArrayLike], jax.Array]:
 
 
 def decayed_names(names: set[str], config: ConfigDict) -> set[str]:
-    """The parameters that weight decay touches, by `config.optimizer.weight_decay_on`; none without weight decay."""
+    """The parameters that weight decay touches, by `config.optimizer.weight_decay_on`; none without weight
+    decay.
+    """
     if not config.optimizer.weight_decay:
         return set()
     decayed = matching(names, config.optimizer.weight_decay_on, field="config.optimizer.weight_decay_on")
     if not decayed:
         raise ConfigError(
             f"config.optimizer.weight_decay={config.optimizer.weight_decay} but weight_decay_on="
-            f"{config.optimizer.weight_decay_on!r} matches no trainable parameter: {', '.join(sorted(names))}."
+            f"{config.optimizer.weight_decay_on!r} matches no trainable parameter: "
+            f"{', '.join(sorted(names))}."
         )
     return decayed
 
@@ -88,7 +99,8 @@ def decayed_names(names: set[str], config: ConfigDict) -> set[str]:
 def make_optimizer(
     config: ConfigDict, *, scales: Mapping[str, float], decayed: set[str]
 ) -> optax.GradientTransformation:
-    """Gradients -> the update before the schedule, subtracted: learning_rate * scale * direction + decay * parameter.
+    """Gradients -> the update before the schedule, subtracted: learning_rate * scale * direction + decay *
+    parameter.
 
     scales: learning-rate scale of each trainable parameter.  decayed: the names that weight decay touches.
     """
@@ -99,7 +111,9 @@ def make_optimizer(
         "adamw": lambda: optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps),
     }
     if o.name not in directions:
-        raise ConfigError(f"config.optimizer.name: expected one of {', '.join(OPTIMIZERS)}, found {o.name!r}.")
+        raise ConfigError(
+            f"config.optimizer.name: expected one of {', '.join(OPTIMIZERS)}, found {o.name!r}."
+        )
 
     def scale(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
         del params
@@ -109,6 +123,6 @@ def make_optimizer(
     if o.clip_norm:
         transformations.insert(0, optax.clip_by_global_norm(o.clip_norm))
     if decayed:
-        mask = lambda params: map_named(lambda name, _: name in decayed, params)  # noqa: E731
+        mask = lambda params: map_named(lambda name, _: name in decayed, params)
         transformations.append(optax.add_decayed_weights(o.weight_decay, mask=mask))
     return optax.chain(*transformations)

@@ -1,7 +1,7 @@
 """What training changes, and what it only reads.
 
-`TrainState` holds the step, the trainable parameters as float32 masters and their optimizer state: all of a checkpoint. Frozen
-parameters stay beside it in their own dtype, are never differentiated, donated or saved.
+`TrainState` holds the step, the trainable parameters as float32 masters and their optimizer state: all of a
+checkpoint. Frozen parameters stay beside it in their own dtype, are never differentiated, donated or saved.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class TrainState:
     opt_state: PyTree
 
 
-def state_shardings(optimizer: optax.GradientTransformation, shardings: PyTree, shapes: PyTree, mesh: Mesh) -> TrainState:
+def state_shardings(
+    optimizer: optax.GradientTransformation, shardings: PyTree, shapes: PyTree, mesh: Mesh
+) -> TrainState:
     """The sharding of each array of the state: an optimizer's moments lie where their parameters do.
 
     shardings, shapes: nested trees of the trainable parameters.
@@ -41,7 +43,9 @@ def state_shardings(optimizer: optax.GradientTransformation, shardings: PyTree, 
     return TrainState(step=whole, trainable=shardings, opt_state=opt_shardings)
 
 
-def init_state(optimizer: optax.GradientTransformation, trainable: PyTree, shardings: TrainState) -> TrainState:
+def init_state(
+    optimizer: optax.GradientTransformation, trainable: PyTree, shardings: TrainState
+) -> TrainState:
     """The state before the first step; takes over the arrays of `trainable`."""
     # Without out_shardings the optimizer's state would land on one device, and a restore into it too.
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trainable)

@@ -33,9 +33,9 @@ def make_train_step(
 ) -> TrainStep:
     """step(state, frozen, batch) -> (state, metrics); the state is donated, frozen parameters are only read.
 
-    Metrics are float32[]: loss (mean over examples, nats), grad_norm (before clipping), relative_rate (of the schedule), examples
-    and tokens (unmasked rows and their scored tokens), finite (1 if loss and gradients were). A step that is not finite
-    changes nothing but the step counter.
+    Metrics are float32[]: loss (mean over examples, nats), grad_norm (before clipping), relative_rate (of
+    the schedule), examples and tokens (unmasked rows and their scored tokens), finite (1 if loss and
+    gradients were). A step that is not finite changes nothing but the step counter.
     """
 
     def step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:

@@ -10,9 +10,7 @@ from pgdist.errors import WeightsError
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
-    """`path` with `~` resolved; raises WeightsError for a URL, which would quietly become a local folder `gs:`."""
+    """`path` with `~` resolved; WeightsError for a URL, which would quietly become a local folder `gs:`."""
     if re.match(r"\w+://", os.fspath(path)):
-        raise WeightsError(
-            f"{path}: weights are read from and written to local files. Use a local copy."
-        )
+        raise WeightsError(f"{path}: weights are read from and written to local files. Use a local copy.")
     return Path(path).expanduser()

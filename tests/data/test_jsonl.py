@@ -13,7 +13,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pgdist.data.bad_records import BadRecordLog, BadShare, refuse_bad_share
 from pgdist.data.jsonl import BadRecord, JsonlSource, Record, fingerprint
 from pgdist.errors import DataError
 
@@ -96,7 +95,7 @@ BAD_LINES = {
     '{"image": "a.png", "prefix": "p", "suffix": true}': "field 'suffix': expected text, found a truth value",
     '{"image": "a.png", "prefix": "p", "suffix": null}': "field 'suffix': expected text, found null",
     '{"image": "a.png", "prefix": "p", "suffix": []}': "field 'suffix': .*empty list",
-    '{"image": "a.png", "prefix": "p", "suffix": ["s", {"a": 1}]}': "'suffix': expected text, found an object",
+    '{"image": "a.png", "prefix": "p", "suffix": ["s", {"a": 1}]}': "expected text, found an object",
     '{"image": "a.png", "prefix": "p", "suffix": "\\ud800"}': "field 'suffix': a lone surrogate .ud800",
     '{"image": "a.png", "prefix": "p", "suffix": 1' + "0" * 5000 + "}": "4300 digits|found a number",
 }
@@ -283,65 +282,3 @@ def test_examples_are_the_lines_of_the_file_that_are_not_blank(write_jsonl, line
             assert (one.image_name, one.prefix) == (fields["image"], fields["prefix"])
             assert list(one.suffixes) in (fields["suffix"], [fields["suffix"]])
             assert one.image.startswith(source.root)
-
-
-def bad(line: int, reason: str = "broken") -> BadRecord:
-    return BadRecord(file="/data/a.jsonl", line=line, reason=reason)
-
-
-def test_the_log_has_each_distinct_bad_record_once_also_after_a_restart(tmp_path):
-    path = tmp_path / "bad_records.jsonl"
-    log = BadRecordLog(path)
-    assert not path.exists()
-    assert log.add([bad(1), bad(2), bad(1)]) == [bad(1), bad(2)]
-    assert log.add([bad(2), bad(3, "café \ud800 \n")]) == [bad(3, "café \ud800 \n")]
-    again = BadRecordLog(path)
-    assert again.add([bad(1), bad(3, "café \ud800 \n"), bad(4)]) == [bad(4)]
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines[0] == {"file": "/data/a.jsonl", "line": 1, "reason": "broken"}
-    assert [line["line"] for line in lines] == [1, 2, 3, 4]
-    assert "café" in path.read_text()
-
-
-def test_a_line_of_the_log_that_a_crash_has_torn_is_left_alone(tmp_path):
-    path = tmp_path / "bad_records.jsonl"
-    BadRecordLog(path).add([bad(1)])
-    with path.open("a") as file:
-        file.write('{"file": "/data/a.js')
-    log = BadRecordLog(path)
-    log.add([bad(1), bad(2)])
-    assert BadRecordLog(path).add([bad(1), bad(2)]) == []
-
-
-def test_too_many_bad_records_are_an_error_that_names_the_first():
-    records = [bad(line) for line in range(20, 0, -1)]
-    refuse_bad_share(records, num_examples=2000, max_share=0.01)
-    with pytest.raises(DataError) as error:
-        refuse_bad_share(records, num_examples=1999, max_share=0.01)
-    assert "20 of 1999 examples are bad, more than the share of 0.01" in str(error.value)
-    assert "/data/a.jsonl, line 1: broken" in str(error.value) and "and 15 more" in str(error.value)
-    assert error.value.exit_code == 3
-
-
-def test_no_bad_record_is_allowed_at_a_share_of_0():
-    refuse_bad_share([], num_examples=10, max_share=0.0)
-    with pytest.raises(DataError):
-        refuse_bad_share([bad(1)], num_examples=10, max_share=0.0)
-
-
-def test_a_small_data_set_is_judged_by_its_size_and_repeats_count_once():
-    share = BadShare(num_examples=200, max_share=0.01)
-    for _ in range(100):
-        share.check([bad(1), bad(2)], rows=8)
-    with pytest.raises(DataError, match="3 of 200"):
-        share.check([bad(3)], rows=8)
-
-
-def test_a_large_data_set_with_a_wrong_root_is_given_up_early():
-    share = BadShare(num_examples=10**7, max_share=0.01)
-    rows = 0
-    with pytest.raises(DataError):
-        for step in range(10**5):
-            rows += 8
-            share.check([bad(8 * step + i) for i in range(8)], rows=8)
-    assert rows <= 200

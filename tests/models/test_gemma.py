@@ -39,9 +39,10 @@ def replaced(params: dict, changes: dict) -> dict:
     return traverse_util.unflatten_dict(flat | {k: f(flat[k]) for k, f in changes.items()}, sep="/")
 
 
-def test_rms_norm_multiplies_by_one_plus_scale():
+@pytest.mark.parametrize("size", [1.0, 1e-3])  # at 1e-3 the epsilon of 1e-6 is as large as the mean square
+def test_rms_norm_multiplies_by_one_plus_scale(size):
     rng = np.random.default_rng(0)
-    x, scale = rng.standard_normal((5, 24)), rng.standard_normal(24)
+    x, scale = size * rng.standard_normal((5, 24)), rng.standard_normal(24)
     found = RMSNorm().apply({"params": {"scale": jnp.float32(scale)}}, jnp.float32(x))
     expected = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * (1 + scale)
     np.testing.assert_allclose(found, expected, rtol=1e-5)

@@ -16,7 +16,7 @@ from PIL import Image
 from tools import make_demo_data as demo
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "assets" / "tiny_tokenizer.model"
-SCENES = 300
+SCENES = 200
 
 
 def settings(task: str = "pretrain", *, size: int = 56, max_objects: int = 3, seed: int = 0) -> demo.Settings:

@@ -1,0 +1,43 @@
+"""The tutorial "Fine-tune PaliGemma with JAX" at full size: PaliGemma 3B at 224 px on longcap100, attention
+only, one T4.
+
+Download `paligemma-3b-pt-224.f16.npz`, `paligemma_tokenizer.model` and longcap100 (90 + 10 images with long
+captions) into one folder `paligemma/`, then:
+
+    python -m launch.train --config=configs/notebook.py --workdir=runs/notebook
+"""
+
+from ml_collections import ConfigDict
+
+from pgdist.config import default_config
+
+
+def get_config() -> ConfigDict:
+    """The config; any field can be overridden on the command line."""
+    c = default_config()
+    c.model.preset = "paligemma-3b-224"
+    # A T4 has no bfloat16: the image tower computes in float16, the decoder, whose activations leave
+    # float16's range, in float32.
+    c.model.image_dtype = "float16"
+    c.model.text_dtype = "float32"
+    c.init = "paligemma/paligemma-3b-pt-224.f16.npz"
+    c.tokenizer = "paligemma/paligemma_tokenizer.model"
+    c.frozen_dtype = "float16"
+    c.trainable = (("llm/layers/attn/.*", 1.0), (".*", 0.0))
+
+    c.data.train = "paligemma/longcap100/data_train90.jsonl"
+    c.data.validation = "paligemma/longcap100/data_val10.jsonl"
+    c.data.prefix = "caption en"
+    c.data.lowercase = True
+    c.data.text_length = 128
+
+    c.steps = 64
+    c.batch_size = 8
+    c.optimizer.name = "sgd"
+    c.optimizer.learning_rate = 0.03
+    c.schedule.name = "cosine"
+    c.schedule.warmup = 0.1
+    c.eval.every = 16
+    c.eval.examples = 4
+    c.eval.max_new_tokens = 128
+    return c
