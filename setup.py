@@ -16,12 +16,15 @@ REQUIRES = [
     "grain>=0.2.18",
     "jax>=0.10",
     "jinja2>=3.1",
+    "markupsafe>=2.1",
     "ml_collections>=1.0",
+    "ml_dtypes>=0.5",
     "numpy>=2.0",
     "optax>=0.2.5",
     "orbax-checkpoint>=0.12",
     "pillow>=11",
     "rich>=13",
+    "scipy>=1.14",
     "sentencepiece>=0.2",
     "tensorboardX>=2.6",
     "tensorstore>=0.1.70",
@@ -31,7 +34,7 @@ EXTRAS = {
     "cuda12": ["jax[cuda12]>=0.10"],
     "cuda13": ["jax[cuda13]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
-    "plan": ["libtpu"],  # the TPU compiler, which needs no TPU
+    "plan": ["jax[tpu]>=0.10"],  # for the libtpu that suits this JAX: its compiler needs no TPU
     "hub": ["huggingface_hub>=1.0", "kagglehub>=0.3"],
     # setuptools: the scripts in tools/ install this project without fetching a build environment.
     "test": ["hypothesis", "psutil", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "setuptools>=77"],

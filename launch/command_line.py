@@ -22,17 +22,28 @@ from ml_collections import ConfigDict
 
 from pgdist.errors import ConfigError, UserError
 
-# By absl's names for the types of flags.
+# By absl's names for the types of flags, and Python's for the types of fields.
 _EXPECTED = {
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
+    "str": "text",
+    "tuple": "a tuple",
     "multi tuple": "a tuple in quotes, such as \"(1, 2)\" or \"(('a', 1.0), ('b', 0.0))\"",
 }
 
 # How absl's message begins when a value cannot be converted; others (bounds, choices) are clear as they are.
 _NOT_CONVERTIBLE = re.compile(
     r"flag --([^=\s]+)=.*: (invalid literal|could not convert|\('Non-boolean|Error while)", re.DOTALL
+)
+
+# What ConfigDict says of a field that it does not have, and of a value that a field cannot have.
+_NO_SUCH_FIELD = re.compile(r'Key "(\w+)" does not exist and cannot be added')
+_DID_YOU_MEAN = re.compile(r'Did you mean "(\w+)" instead')
+_WRONG_TYPE = re.compile(
+    r"Could not override field '(\w+)'.*?\. (.*) is of original type <class '(\w+)'> "
+    r"and cannot be casted to type <class '(\w+)'>",
+    re.DOTALL,
 )
 
 
@@ -115,8 +126,7 @@ def load_config(argument: str) -> ConfigDict:
         if isinstance(error, ConfigError) and not lines:
             raise
         where = f"{path} line {lines[-1]}" if lines else path
-        what = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        raise ConfigError(f"{where}: {what}{error}") from error
+        raise ConfigError(f"{where}: {_describe(error)}") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"{path}: get_config() returns {type(config).__name__}, expected a ConfigDict")
     return config
@@ -138,6 +148,19 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     if same_leaf:
         return max(same_leaf, key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
     return next(iter(difflib.get_close_matches(name, known, n=1)), None)
+
+
+def _describe(error: BaseException) -> str:
+    """What a config file has raised, in one line where it is ConfigDict's: those print the whole config."""
+    if isinstance(error, UserError):
+        return str(error)
+    if match := _NO_SUCH_FIELD.search(str(error)):
+        near = _DID_YOU_MEAN.search(str(error))
+        return f"the config has no field {match[1]!r}" + (f"; did you mean {near[1]!r}?" if near else "")
+    if match := _WRONG_TYPE.search(str(error)):
+        field, value, found, expected = match.groups()
+        return f"field {field!r}: expected {_EXPECTED.get(expected, expected)}, found {value} ({found})"
+    return f"{type(error).__name__}: {error}"
 
 
 def _explain(flag_values: flags.FlagValues, argv: Sequence[str], error: BaseException) -> str:

@@ -1,28 +1,33 @@
 """Answers prompts about images with a trained model.
 
-    python -m launch.predict --workdir=runs/demo --prompt="caption en" --images a.jpg b.png python -m
-    launch.predict --workdir=runs/demo --data=questions.jsonl --out=answers.jsonl python -m launch.predict
-    --config=configs/demo.py --weights=assets/tiny.npz --prompt="caption en" --images a.jpg
+    python -m launch.predict --workdir=runs/demo --prompt="caption en" --images a.jpg b.png
+    python -m launch.predict --workdir=runs/demo --data=questions.jsonl --out=answers.jsonl
+    python -m launch.predict --config=configs/demo.py --weights=a.npz --prompt="caption en" --images a.jpg
 
 Standard output gets the answers alone, one a line (a line break in an answer is written as \\n), in the
-order of the inputs; --out gets JSON lines with the inputs beside them. Exit codes: 0 all answered, 1 a bug,
-2 bad command line or config, 3 bad weights, or inputs that could not be read (the others are answered).
+order of the inputs; --out gets JSON lines with the inputs beside them, as FILE.partial until all are there.
+Exit codes: 0 all answered, 1 a bug, 2 bad command line or config, 3 bad weights or input; where records of
+--data cannot be read, the others are answered.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from launch import entry
-from pgdist.errors import ConfigError, DataError
+from pgdist.errors import ConfigError, DataError, WeightsError
 
 if TYPE_CHECKING:
+    from pgdist.data.jsonl import JsonlSource
     from pgdist.evaluate.runner import Prediction
     from pgdist.inference import LoadedModel
 
@@ -50,24 +55,28 @@ _FAKE_DEVICES = flags.DEFINE_integer(
 )
 
 
+_SHOWN_ERRORS = 10
+
+
 def main(*more_images: str) -> None:
     """Reads the flags, loads the model, answers."""
     images = [*_IMAGES.value, *more_images]
     _check_flags(images)
     if _FAKE_DEVICES.value is not None:
         entry.simulate_devices(_FAKE_DEVICES.value)
+    from pgdist.config import check_values
     from pgdist.inference import load_model, read_run_config
-    from pgdist.workdir import Workdir
 
     config = _CONFIG.value or read_run_config(_WORKDIR.value)
+    check_values(config)
     # Devices need not be those of the training run.
     config.mesh.data, config.mesh.fsdp = 1, -1
-    path = _WEIGHTS.value or (config.init if _CONFIG.value else Workdir(_WORKDIR.value).model)
-    if not path:
-        raise ConfigError("config.init names no weights to decode with: give --weights=FILE.npz.")
-    loaded = load_model(config, path)
-    answers = _answer_data(config, loaded) if _DATA.value else _answer_images(config, loaded, images)
-    _write(answers)
+    weights = _find_weights(config)
+    _check_out([_DATA.value or "", weights, *images])
+    # Before the weights, which may take minutes to load.
+    source = _open_data(config) if _DATA.value else None
+    loaded = load_model(config, weights)
+    _write(_answer_data(config, loaded, source) if source else _answer_images(config, loaded, images))
 
 
 def _check_flags(images: Sequence[str]) -> None:
@@ -77,12 +86,50 @@ def _check_flags(images: Sequence[str]) -> None:
         )
     if bool(_DATA.value) == bool(images):
         raise ConfigError(
-            "give what to answer: --data=FILE.jsonl, or --images a.jpg b.png with --prompt='caption en'"
+            "give what to answer: --data=FILE.jsonl, or --images a.jpg b.png with --prompt='caption en'; "
+            "not both"
         )
     if images and _PROMPT.value is None:
         raise ConfigError("--images needs --prompt, such as --prompt='caption en'")
     if _PROMPT.value is not None and not images:
         raise ConfigError("--prompt goes with --images; the records of --data have their own `prefix`")
+    if missing := [image for image in images if not os.path.exists(image)]:
+        raise DataError(f"--images: no such file: {', '.join(missing)}")
+
+
+def _find_weights(config: ConfigDict) -> str:
+    from pgdist.workdir import Workdir
+
+    if _WEIGHTS.value:
+        return _WEIGHTS.value
+    if _CONFIG.value:
+        if not config.init:
+            raise ConfigError("config.init names no weights to decode with: give --weights=FILE.npz")
+        return config.init
+    path = Workdir(_WORKDIR.value).model
+    if not path.exists():
+        raise WeightsError(
+            f"{path}: no such file: the run has not finished, or config.export was off. Start launch.train "
+            "again with its --workdir to finish it, or give --weights=FILE.npz."
+        )
+    return str(path)
+
+
+def _check_out(inputs: Sequence[str]) -> None:
+    """Raises ConfigError for an --out that cannot be written or would replace an input; changes nothing."""
+    if not _OUT.value:
+        return
+    out = Path(os.path.realpath(_OUT.value))
+    if out.is_dir():
+        raise ConfigError(f"--out={_OUT.value}: expected a file to write, found a folder")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out={_OUT.value}: there is no folder {out.parent}; make it first")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out={_OUT.value}: the folder {out.parent} cannot be written; name another one")
+    if str(out) in map(os.path.realpath, inputs):
+        raise ConfigError(
+            f"--out={_OUT.value}: is an input too, which the answers would replace; name another file"
+        )
 
 
 def _answer_images(config: ConfigDict, loaded: LoadedModel, images: Sequence[str]) -> Iterator[Prediction]:
@@ -103,19 +150,24 @@ def _answer_images(config: ConfigDict, loaded: LoadedModel, images: Sequence[str
         yield Prediction(index=index, image=image, prefix=_PROMPT.value, prediction=text)
 
 
-def _answer_data(config: ConfigDict, loaded: LoadedModel) -> Iterator[Prediction]:
+def _open_data(config: ConfigDict) -> JsonlSource:
     from pgdist.data.jsonl import JsonlSource
+
+    data = config.data
+    return JsonlSource(_DATA.value, prefix=data.prefix, lowercase=data.lowercase, require_suffix=False)
+
+
+def _answer_data(config: ConfigDict, loaded: LoadedModel, source: JsonlSource) -> Iterator[Prediction]:
     from pgdist.evaluate.metrics import metric
     from pgdist.evaluate.runner import Evaluator
 
     devices = loaded.mesh.size
-    data = config.data
     evaluator = Evaluator(
         model=loaded.model,
         mesh=loaded.mesh,
-        source=JsonlSource(_DATA.value, prefix=data.prefix, lowercase=data.lowercase, require_suffix=False),
+        source=source,
         tokenizer=loaded.tokenizer,
-        text_length=data.text_length,
+        text_length=config.data.text_length,
         batch_size=-(-(_BATCH_SIZE.value or config.batch_size) // devices) * devices,
         max_new_tokens=_MAX_NEW_TOKENS.value or config.eval.max_new_tokens,
         metric=metric(config.eval.metric),
@@ -126,16 +178,19 @@ def _answer_data(config: ConfigDict, loaded: LoadedModel) -> Iterator[Prediction
 def _write(answers: Iterator[Prediction]) -> None:
     """Prints and writes the answers as they come; DataError at the end for inputs that could not be read."""
     errors = []
+    first = next(answers)  # a run that fails before it leaves no file behind
     with _open_out() as out:
-        for answer in answers:
+        for answer in itertools.chain([first], answers):
             if answer.error is not None:
                 errors.append(answer.error)
             print(answer.prediction.replace("\n", "\\n"), flush=True)
             out.write(json.dumps(_row(answer), ensure_ascii=False) + "\n")
             out.flush()
     if errors:
-        listed = "\n".join(f"  {error}" for error in errors)
-        raise DataError(f"{len(errors)} input(s) could not be read and have no answer:\n{listed}")
+        shown = [f"  {error}" for error in errors[:_SHOWN_ERRORS]]
+        if len(errors) > _SHOWN_ERRORS:
+            shown.append(f"  and {len(errors) - _SHOWN_ERRORS} more")
+        raise DataError("\n".join([f"{len(errors)} input(s) could not be read and have no answer:", *shown]))
 
 
 def _row(answer: Prediction) -> dict[str, Any]:
@@ -149,11 +204,21 @@ def _row(answer: Prediction) -> dict[str, Any]:
     )
 
 
-def _open_out() -> IO[str]:
+@contextlib.contextmanager
+def _open_out() -> Iterator[IO[str]]:
+    """The file for the answers: beside --out until all are there, then in its place."""
+    out = os.path.realpath(_OUT.value or os.devnull)
+    # What is there and no plain file is a device or a pipe: /dev/null must stay what it is.
+    is_plain = os.path.isfile(out) or not os.path.exists(out)
+    written = out + ".partial" if is_plain else out
     try:
-        return open(_OUT.value or os.devnull, "w", encoding="utf-8")
+        file = open(written, "w", encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--out={_OUT.value}: cannot be written: {error.strerror}") from error
+        raise ConfigError(f"--out={_OUT.value}: cannot write {written}: {error.strerror}") from error
+    with file:
+        yield file
+    if is_plain:
+        os.replace(written, out)
 
 
 if __name__ == "__main__":

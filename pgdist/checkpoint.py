@@ -1,8 +1,9 @@
 """Checkpoints of the train state: Orbax behind save, restore and close.
 
-A checkpoint holds what training changes (see `pgdist.train.state`) and the fingerprint of the base weights
-it belongs to. It is written in the background and appears whole or not at all. One that cannot be read is
-set aside, never deleted, and the one before it is used.
+A checkpoint holds what training changes (see `pgdist.train.state`), the fingerprint of the base weights it
+belongs to, and a checksum of each array. It is written in the background and appears whole or not at all. One
+that cannot be read, or whose numbers are not those that were saved, is set aside, never deleted, and the one
+before it is used.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
@@ -21,7 +23,7 @@ from pgdist import cluster
 from pgdist.errors import WeightsError
 
 PyTree = Any
-_UNFINISHED = "orbax-checkpoint-tmp"
+_CHECKSUMS = "checksums"
 
 
 class Checkpoints:
@@ -54,13 +56,14 @@ class Checkpoints:
         """
         if step in self.steps():
             return
-        self._checkpointer.save_async(step, state, custom_metadata=self._belongs_to)
+        metadata = self._belongs_to | {_CHECKSUMS: checksums(state)}
+        self._checkpointer.save_async(step, state, custom_metadata=metadata)
 
     def restore(self, abstract_state: PyTree) -> PyTree | None:
         """The newest state that can be read, None without any.
 
         abstract_state: jax.ShapeDtypeStruct leaves with shardings; every array lands on its own.
-        Raises WeightsError when a checkpoint belongs to other base weights.
+        Raises WeightsError when a checkpoint belongs to other base weights, or holds other arrays.
         """
         while self.steps():
             step = self.steps()[-1]
@@ -82,21 +85,40 @@ class Checkpoints:
 
     def _try_load(self, step: int, abstract_state: PyTree) -> PyTree | None:
         try:
-            belongs_to = self._checkpointer.metadata(step).custom_metadata
+            metadata = self._checkpointer.metadata(step)
+            self._check_belongs(step, metadata, abstract_state)
             state = self._checkpointer.load(step, abstract_state)
-            jax.block_until_ready(state)
+            if checksums(state) != metadata.custom_metadata[_CHECKSUMS]:
+                raise ValueError("its numbers are not those that were saved")
+            return state
+        except WeightsError:
+            raise
         except Exception as error:
             logging.error(
                 "The checkpoint of step %d cannot be read (%s: %s).", step, type(error).__name__, error
             )
             return None
+
+    def _check_belongs(self, step: int, metadata: ocp.CheckpointMetadata, abstract_state: PyTree) -> None:
+        """Raises WeightsError for a sound checkpoint of another run, and KeyError for damaged metadata."""
+        belongs_to = {name: metadata.custom_metadata[name] for name in self._belongs_to}
+        path = self._directory / str(step)
         if belongs_to != self._belongs_to:
             raise WeightsError(
-                f"{self._directory / str(step)} was trained on other base weights ({belongs_to}) than "
-                "config.init gives "
+                f"{path} was trained on other base weights ({belongs_to}) than config.init gives "
                 f"({self._belongs_to}). Give the weights it was started from, or a new --workdir."
             )
-        return state
+        found, wanted = _describe_arrays(metadata.metadata), _describe_arrays(abstract_state)
+        # Nothing is found where Orbax's description of the arrays is damaged; they may be sound all the same.
+        if found and found != wanted:
+            lines = [f"  - {line}" for line in sorted(found - wanted)]
+            lines += [f"  + {line}" for line in sorted(wanted - found)]
+            raise WeightsError(
+                f"{path} holds other arrays (-) than this config trains (+):\n"
+                + "\n".join(lines)
+                + "\nconfig.trainable, config.optimizer.name and config.model.preset must be those of the "
+                "run that saved it; else use a new --workdir."
+            )
 
     def _set_aside(self, step: int) -> None:
         aside = self._directory.parent / "checkpoints_damaged"
@@ -110,3 +132,24 @@ class Checkpoints:
             logging.error("Moved the damaged checkpoint of step %d to %s.", step, aside)
         cluster.barrier(f"set aside checkpoint {step}")
         self._checkpointer = self._open()
+
+
+@jax.jit
+def _sum_bits(state: PyTree) -> list[jax.Array]:
+    def bits(x: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+
+    return [jnp.sum(bits(leaf), dtype=jnp.uint32) for leaf in jax.tree.leaves(state)]
+
+
+def checksums(state: PyTree) -> list[int]:
+    """The sum of each array's bits as unsigned integers, modulo 2**32: the same on every mesh."""
+    return [int(total) for total in jax.device_get(_sum_bits(state))]
+
+
+def _describe_arrays(tree: PyTree) -> set[str]:
+    """`name dtype[shape]` of each leaf, equal for a state and for the dicts that Orbax makes of it."""
+    return {
+        f"{jax.tree_util.keystr(path, simple=True, separator='/')} {leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }

@@ -33,8 +33,8 @@ def join(*, coordinator: str | None, num_processes: int | None, process_id: int 
         )
     assert coordinator is not None and num_processes is not None and process_id is not None
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        raise ConfigError(f"--coordinator: expected HOST:PORT, found {coordinator!r}.")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ConfigError(f"--coordinator: expected HOST:PORT, such as 10.0.0.1:8476, found {coordinator!r}.")
     if not 0 <= process_id < num_processes:
         raise ConfigError(
             f"--process_id: expected 0 to {num_processes - 1} (--num_processes={num_processes}), found "

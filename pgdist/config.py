@@ -22,6 +22,16 @@ from pgdist.train.optimizer import OPTIMIZERS, SCHEDULES
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
+# By the type of a field's default: the types that its value may have, and how to say so.
+_TYPES = {
+    bool: (bool, "True or False"),
+    int: (int, "a whole number"),
+    float: ((float, int), "a number"),
+    str: (str, "text"),
+    tuple: ((tuple, list), "a tuple"),
+    type(None): ((str, type(None)), "text or None"),
+}
+
 
 def default_config() -> ConfigDict:
     """A fresh, locked ConfigDict of all fields; `model.preset`, `init`, `tokenizer` and `data.train` are the
@@ -96,9 +106,15 @@ def default_config() -> ConfigDict:
 
 
 def validate_config(config: ConfigDict) -> None:
-    """Raises ConfigError for a field that has a value no run can have; files are looked at where they are
-    opened.
-    """
+    """Raises ConfigError for a field that no training run can have; files are looked at when opened."""
+    check_values(config)
+    for field in ("tokenizer", "data.train"):
+        _check(config, field, bool, "a path")
+
+
+def check_values(config: ConfigDict) -> None:
+    """Raises ConfigError for a field that is missing, unknown, of another type, or has a value of no use."""
+    _check_fields(config)
     _check_choices(config)
     for field in (
         "steps",
@@ -124,13 +140,12 @@ def validate_config(config: ConfigDict) -> None:
         "optimizer.weight_decay",
         "model.final_logits_softcap",
     ):
-        _check(config, field, lambda v: 0 <= v < float("inf"), "0 or more")
+        _check(config, field, lambda v: 0 <= v < float("inf"), "a finite number, 0 or more")
     for field in ("schedule.warmup", "schedule.cooldown", "data.max_bad_share"):
         _check(config, field, lambda v: 0 <= v <= 1, "a share from 0 to 1")
     for field in ("loss.label_smoothing", "optimizer.b1", "optimizer.b2", "optimizer.momentum"):
         _check(config, field, lambda v: 0 <= v < 1, "at least 0 and below 1")
-    for field in ("tokenizer", "data.train"):
-        _check(config, field, bool, "a path")
+    _check(config, "seed", lambda v: 0 <= v < 2**32, "0 to 2**32 - 1")
     _check(
         config,
         "data.text_length",
@@ -158,8 +173,20 @@ def check_vocabulary(config: ConfigDict, tokens: int) -> None:
         raise ConfigError(
             f"config.tokenizer={config.tokenizer} has {tokens} tokens, "
             f"config.model.preset={config.model.preset} embeds "
-            f"{embedded}: they do not belong together."
+            f"{embedded}: they do not belong together. "
+            "Give the tokenizer that the weights were trained with, or the preset of the weights."
         )
+
+
+def fields_of(config: ConfigDict) -> dict[str, Any]:
+    """{dotted name: value} of all fields."""
+    fields: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            fields |= {f"{name}.{inner}": found for inner, found in fields_of(value).items()}
+        else:
+            fields[name] = value
+    return fields
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
@@ -173,6 +200,24 @@ def get_field(config: ConfigDict, field: str) -> Any:
     for part in field.split("."):
         config = config[part]
     return config
+
+
+def _check_fields(config: ConfigDict) -> None:
+    """A file that makes a ConfigDict of its own may have any fields, and JSON any values."""
+    known, found = fields_of(default_config()), fields_of(config)
+    for field in found:
+        if field not in known:
+            raise ConfigError(f"config.{field}: there is no such field.{nearest(field, known)}")
+    for field, default in known.items():
+        if field not in found:
+            raise ConfigError(
+                f"config.{field} is missing: let get_config() start from pgdist.config.default_config(), "
+                "which has all fields."
+            )
+        types, expected = _TYPES[type(default)]
+        value = found[field]
+        if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
+            raise ConfigError(f"config.{field}: expected {expected}, found {value!r}.")
 
 
 def _check_choices(config: ConfigDict) -> None:

@@ -28,6 +28,7 @@ from pgdist.data.jsonl import JsonlSource, fingerprint
 from pgdist.data.loader import HostBatches, train_batches
 from pgdist.data.tokenizer import Tokenizer
 from pgdist.environment import describe_environment
+from pgdist.errors import ConfigError
 from pgdist.evaluate import metrics
 from pgdist.evaluate.runner import Evaluator, Prediction, mean_score
 from pgdist.mesh import batch_sharding, host_rows, make_mesh, parameter_shardings
@@ -71,25 +72,35 @@ def finetune(
     should_stop: Callable[[int], bool] = lambda step: False,
     fork: bool = False,
     writers: Sequence[MetricWriter] = (),
+    devices: Sequence[jax.Device] | None = None,
 ) -> Finetuned:
     """Fine-tunes as the config says, going on from the newest checkpoint in `workdir` if there is one.
 
     config: see `pgdist.config.default_config`.  should_stop: asked after each update; True saves and raises
     Preempted.
     fork: go on in a workdir that another config began.  writers: take the metrics beside metrics.jsonl and
-    TensorBoard. All processes of a job call this together. Raises UserError subclasses for what its user can
-    mend.
+    TensorBoard.  devices: those to use; all by default.
+    All processes of a job call this together. Raises UserError subclasses for what its user can mend.
     """
     validate_config(config)
-    job = _Job(config, Workdir(workdir))
-    job.workdir.prepare(config, fork=fork)
-    job.write_descriptions()
+    job = _Job(config, Workdir(workdir), devices=devices)
+    job.workdir.check(config, fork=fork)
+    job.log_descriptions()
     frozen, state = job.load_weights()
+    job.workdir.make()
     checkpoints = job.open_checkpoints()
     with contextlib.closing(checkpoints):
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         restored = checkpoints.restore(abstract)
         state = state if restored is None else restored
+        if state.step > config.steps:
+            raise ConfigError(
+                f"config.steps={config.steps}, but --workdir={workdir} holds a checkpoint of step {state.step}. "
+                "Train for more steps, or use a new --workdir."
+            )
+        # Only now, when nothing wrong with weights or checkpoints can stop the run, is it one of this config.
+        job.workdir.record(config)
+        job.write_descriptions()
         return _train(job, state, frozen, checkpoints=checkpoints, should_stop=should_stop, writers=writers)
 
 
@@ -107,16 +118,16 @@ def _train(
     with contextlib.closing(job.open_writers(first, writers)) as writer, job.open_batches(first) as batches:
 
         def evaluate(step: int, state: TrainState) -> dict[str, float]:
+            found.clear()  # an evaluation on the way has fewer metrics than the first one
             found.update(job.evaluate(step, state, frozen))
-            return found
+            return dict(found)
 
         if first < config.steps:
             job.write_examples()
-        if first == 0:
-            writer.write(0, evaluate(0, state))
         if first == config.steps:
             logging.info("All %d steps are done already; evaluating what is there.", first)
-            evaluate(first, state)
+        if job.must_evaluate_first(first):
+            writer.write(first, evaluate(first, state))
         loop = Loop(
             step=job.train_step,
             frozen=frozen,
@@ -147,10 +158,12 @@ def _train(
 class _Job:
     """The parts of a run that its config alone decides."""
 
-    def __init__(self, config: ConfigDict, workdir: Workdir) -> None:
+    def __init__(
+        self, config: ConfigDict, workdir: Workdir, *, devices: Sequence[jax.Device] | None = None
+    ) -> None:
         self.config = config
         self.workdir = workdir
-        self.mesh: Mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+        self.mesh: Mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
         self.rows = host_rows(batch_sharding(self.mesh), config.batch_size).tolist()
         self.tokenizer = Tokenizer(config.tokenizer)
         self.train_source = self._open_source(config.data.train)
@@ -235,6 +248,16 @@ class _Job:
             ]
         )
 
+    def must_evaluate_first(self, step: int) -> bool:
+        """Whether the state that a run starts from is to be evaluated: at both ends, and where the run before
+        stopped between a save and the evaluation that was due.
+        """
+        if self.evaluator is None:
+            return False
+        due = self.config.eval.every and step % self.config.eval.every == 0
+        is_done = cluster.all_agree(not cluster.is_primary() or self.workdir.predictions(step).exists())
+        return step in (0, self.config.steps) or (due and not is_done)
+
     def evaluate(self, step: int, state: TrainState, frozen: PyTree) -> dict[str, float]:
         """Metrics of the state by name, its predictions written to the workdir; none without validation data."""
         if self.evaluator is None:
@@ -256,9 +279,20 @@ class _Job:
             self.write_report()
         return found
 
+    def log_descriptions(self) -> None:
+        """The table of parameters and what the data is, for people to read."""
+        if cluster.is_primary():
+            logging.info("Parameters:\n%s", _format_table(self._parameter_table()))
+            logging.info("Training data: %s: %s", self.config.data.train, fingerprint(self.train_source))
+
     def write_descriptions(self) -> None:
-        """What runs on what: env.json, and the table of parameters, which is also printed."""
-        table = [
+        """What runs on what: the table of parameters and the environment, in the workdir."""
+        if cluster.is_primary():
+            write_json(self.workdir.parameters, self._parameter_table())
+            write_json(self.workdir.environment, describe_environment())
+
+    def _parameter_table(self) -> list[dict[str, Any]]:
+        return [
             {
                 "name": name,
                 "shape": list(leaf.shape),
@@ -272,12 +306,6 @@ class _Job:
             }
             for name, leaf in self.shapes.items()
         ]
-        if not cluster.is_primary():
-            return
-        logging.info("Parameters:\n%s", _format_table(table))
-        logging.info("Training data: %s: %s", self.config.data.train, fingerprint(self.train_source))
-        write_json(self.workdir.parameters, table)
-        write_json(self.workdir.environment, describe_environment())
 
     def write_examples(self) -> None:
         """The first rows of the first batch as the model sees them, for the report."""

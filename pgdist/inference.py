@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from typing import Any
 
@@ -13,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from pgdist import weights
-from pgdist.config import check_vocabulary, model_config
+from pgdist.config import check_values, check_vocabulary, default_config, fields_of, model_config
 from pgdist.data.tokenizer import Tokenizer
 from pgdist.errors import ConfigError
 from pgdist.mesh import make_mesh, parameter_shardings
@@ -36,23 +35,32 @@ class LoadedModel:
 
 
 def read_run_config(workdir: str | os.PathLike[str]) -> ConfigDict:
-    """The config that a run recorded; ConfigError where there is no run."""
-    path = Workdir(workdir).config
-    try:
-        return ConfigDict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
+    """The config that a run recorded, with today's default for a field that it lacks.
+
+    Raises ConfigError where there is no run, or a damaged one.
+    """
+    recorded = Workdir(workdir).read_config()
+    if recorded is None:
         raise ConfigError(
-            f"--workdir={workdir}: expected a run's folder with its config.json, found: {error}. Name "
-            "the --workdir of a training run, "
-            "or give --config and --weights."
-        ) from error
+            f"--workdir={workdir}: expected the folder of a training run, found no config.json in it. "
+            "Name one that launch.train has written, or give --config and --weights."
+        )
+    config = default_config()
+    known = fields_of(config)
+    fields = {name: value for name, value in fields_of(ConfigDict(recorded)).items() if name in known}
+    try:
+        config.update_from_flattened_dict(fields)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{Workdir(workdir).config}: {error}") from error
+    return config
 
 
 def load_model(config: ConfigDict, path: str | os.PathLike[str]) -> LoadedModel:
     """The config's model with the weights of an npz, each array in the dtype that the file has.
 
-    Raises WeightsError where the file does not fit the config's preset.
+    Raises ConfigError for a wrong field, WeightsError where the file does not fit the config's preset.
     """
+    check_values(config)
     model = PaliGemma(model_config(config))
     tokenizer = Tokenizer(config.tokenizer)
     check_vocabulary(config, tokenizer.vocab_size)

@@ -56,7 +56,9 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, devices: Sequence[jax.Device] | 
                 f"config.mesh.{name}: expected a positive number or -1 (all that is left), found {size}."
             )
     if data == -1 and fsdp == -1:
-        raise ConfigError("config.mesh: only one of data and fsdp can be -1 (all that is left).")
+        raise ConfigError(
+            "config.mesh: data and fsdp are both -1 (all that is left): give one of them a number, such as 1."
+        )
     if data == -1:
         data = count // fsdp
     if fsdp == -1:
@@ -64,8 +66,8 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, devices: Sequence[jax.Device] | 
     if data * fsdp != count or not data:
         raise ConfigError(
             f"config.mesh: data={sizes['data']} x fsdp={sizes['fsdp']} does not fit {count} device(s): "
-            "their product "
-            f"must be {count}. Set one of them to -1, or simulate devices on a CPU with --fake_devices=N."
+            f"their product must be {count}. Set one of them to -1, or simulate devices on a CPU with "
+            "--fake_devices=N."
         )
     # Auto axes: with Explicit ones a scan over sharded layers is refused (DuplicateSpecError).
     return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
@@ -104,8 +106,8 @@ def host_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
     shards = sharding.mesh.size
     if batch_size % shards:
         raise ConfigError(
-            f"config.batch_size={batch_size} does not divide by the {shards} devices of the mesh: use a "
-            f"multiple of {shards}."
+            f"config.batch_size={batch_size} cannot be split evenly over the {shards} devices of the mesh: "
+            f"use a multiple of {shards}."
         )
     indices = sharding.addressable_devices_indices_map((batch_size,)).values()
     rows = [np.arange(batch_size)[index] for (index,) in indices]

@@ -61,13 +61,15 @@ def learning_rate_scales(names: Iterable[str], rules: Sequence[tuple[str, float]
             scales[name] = patterns[fitting[0]][1]
     empty = [patterns[i][0].pattern for i, count in enumerate(matches) if not count]
     uncovered = [name for name in names if name not in scales]
-    if empty or uncovered:
-        lines = ["config.trainable does not fit the model's parameters:"]
-        lines += [f"  rule {pattern!r} matches no parameter" for pattern in empty]
-        lines += [f"  no rule covers {name}" for name in uncovered]
-        lines += ['End the rules with (".*", 0.0) to freeze the rest. The parameters are:']
-        lines += [f"  {name}" for name in names]
+    if empty:
+        lines = [f"config.trainable: rule {pattern!r} matches no parameter." for pattern in empty]
+        lines += ["A rule has to match a whole name. The parameters are:", *(f"  {name}" for name in names)]
         raise ConfigError("\n".join(lines))
+    if uncovered:
+        lines = ["config.trainable leaves parameters without a rule:"]
+        lines += [f"  no rule covers {name}" for name in uncovered[:5]]
+        lines += [f"  and {len(uncovered) - 5} more"] if len(uncovered) > 5 else []
+        raise ConfigError("\n".join([*lines, 'End the rules with (".*", 0.0) to freeze the rest.']))
     if not any(scales.values()):
         raise ConfigError("config.trainable freezes every parameter: give at least one rule a scale above 0.")
     return scales

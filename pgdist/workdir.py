@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,14 +21,17 @@ from pgdist import cluster
 from pgdist.errors import ConfigError
 
 # Fields that change where and how fast a run goes, not what it computes: a run may go on with others.
-_FREE_FIELDS = ("mesh.", "checkpoint.", "data.workers", "model.remat", "export")
+_FREE_FIELDS = ("mesh.", "checkpoint.", "data.workers", "data.max_bad_share", "model.remat", "export")
 
 
 class Workdir:
     """The paths of one run's files; process 0 alone writes what the job has one of."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        """path: `~` is the home folder. ConfigError for a URL, which would become a folder `gs:` here."""
+        if re.match(r"\w+://", os.fspath(path)):
+            raise ConfigError(f"--workdir={path}: expected a local folder, found a URL. Mount the bucket.")
+        self.path = Path(path).expanduser()
         self.config = self.path / "config.json"
         self.environment = self.path / "env.json"
         self.parameters = self.path / "parameters.json"
@@ -46,60 +51,81 @@ class Workdir:
             "bad_records.jsonl" if process_index == 0 else f"bad_records_{process_index:03d}.jsonl"
         )
 
-    def prepare(self, config: ConfigDict, *, fork: bool) -> None:
-        """Makes the folder and records the config in it.
+    def read_config(self) -> dict[str, Any] | None:
+        """The config that a run recorded here, nested; None without one. ConfigError where it is damaged."""
+        try:
+            config = json.loads(self.config.read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError) as error:
+            raise self._damaged(str(error)) from error
+        if not isinstance(config, dict):
+            raise self._damaged(f"it holds a {type(config).__name__}")
+        return config
 
-        Raises ConfigError where the folder cannot be written, or belongs to another config and `fork` is not
-        set; with it the old config is kept as config_before_fork_N.json.
+    def check(self, config: ConfigDict, *, fork: bool) -> None:
+        """Raises ConfigError where the folder cannot be written, or belongs to another config unless `fork`.
+
+        Changes nothing, so that what goes wrong before the run has begun leaves no run of its config behind.
         """
-        values = flatten_config(config)
-        if cluster.is_primary():
-            self._make()
-            self._check_config(values, fork=fork)
-            write_json(self.config, json.loads(config.to_json()))
-        cluster.barrier("workdir prepared")
-
-    def _make(self) -> None:
-        try:
-            (self.path / "predictions").mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise ConfigError(
-                f"--workdir={self.path}: expected a folder that can be written, found: {error.strerror}."
-            ) from error
-
-    def _check_config(self, values: Mapping[str, Any], *, fork: bool) -> None:
-        if not self.config.exists():
+        if not cluster.is_primary():
             return
-        try:
-            old_text = self.config.read_text()
-            old = _flatten(json.loads(old_text))
-        except ValueError as error:
-            raise ConfigError(
-                f"{self.config} is not valid JSON ({error}): mend it, or use a new --workdir."
-            ) from error
-        different = [
-            f"  config.{field}: {old.get(field)!r} -> {values.get(field)!r}"
-            for field in sorted(old.keys() | values.keys())
-            if old.get(field) != values.get(field) and not field.startswith(_FREE_FIELDS)
-        ]
-        if not different:
-            return
-        if not fork:
+        there = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            found = "cannot be written" if there.is_dir() else "is a file"
+            raise self._unwritable(f"{there} {found}")
+        different = self._differences(config)
+        if different and not fork:
             raise ConfigError(
                 f"--workdir={self.path} holds a run of another config (there -> here):\n"
                 + "\n".join(different)
                 + "\nUse a new --workdir, or --fork to go on in this one with the new config."
             )
-        number = len(list(self.path.glob("config_before_fork_*.json"))) + 1
-        (self.path / f"config_before_fork_{number}.json").write_text(old_text)
 
+    def make(self) -> None:
+        """Makes the folder; ConfigError where that fails although `check` saw no reason."""
+        if cluster.is_primary():
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                probe = self.path / ".writable"
+                probe.touch()
+                probe.unlink()
+            except OSError as error:
+                raise self._unwritable(error.strerror or str(error)) from error
+        cluster.barrier("workdir made")
 
-def flatten_config(config: ConfigDict) -> dict[str, Any]:
-    """{dotted field: value}, as JSON would give it back."""
-    return _flatten(json.loads(config.to_json()))
+    def record(self, config: ConfigDict) -> None:
+        """Writes the config into the folder; a different one stays as config_before_fork_N.json."""
+        if cluster.is_primary():
+            if self._differences(config):
+                number = len(list(self.path.glob("config_before_fork_*.json"))) + 1
+                shutil.copyfile(self.config, self.path / f"config_before_fork_{number}.json")
+            write_json(self.config, json.loads(config.to_json()))
+        cluster.barrier("workdir recorded")
+
+    def _differences(self, config: ConfigDict) -> list[str]:
+        """One line for each field whose value is not the recorded one."""
+        recorded = self.read_config()
+        if recorded is None:
+            return []
+        old, new = _flatten(recorded), _flatten(json.loads(config.to_json()))
+        return [
+            f"  config.{field}: {old.get(field)!r} -> {new.get(field)!r}"
+            for field in sorted(old.keys() | new.keys())
+            if old.get(field) != new.get(field) and not field.startswith(_FREE_FIELDS)
+        ]
+
+    def _unwritable(self, found: str) -> ConfigError:
+        return ConfigError(
+            f"--workdir={self.path}: expected a folder that can be made and written, found: {found}. "
+            "Name another one."
+        )
+
+    def _damaged(self, found: str) -> ConfigError:
+        return ConfigError(
+            f"{self.config}: expected a run's config as JSON, found: {found}. Mend it, or use a new "
+            "--workdir."
+        )
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -3,7 +3,10 @@
 The variables are set before anything imports JAX, and only where the caller has not chosen otherwise.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 import uuid
 
 import psutil
@@ -13,6 +16,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _xla_flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in _xla_flags:
     os.environ["XLA_FLAGS"] = f"{_xla_flags} --xla_force_host_platform_device_count=8".strip()
+
+# What takes long to compile is compiled once: by whichever test, worker or child process comes to it first.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _programs = tempfile.mkdtemp(prefix="pgdist_test_programs_")
+    atexit.register(shutil.rmtree, _programs, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 # Processes inherit this, so that one is recognised as ours even when the process between has ended.
 _MARK = "PGDIST_TEST_RUN"

@@ -1,7 +1,7 @@
-"""Whole runs in small, for tests: drawn scenes, the `tiny` preset with every weight random, and what a run leaves.
+"""Whole runs in small, for tests: drawn scenes, the `tiny` preset with random weights, and what a run leaves.
 
-Everything trains, by SGD in float32, unless a test says otherwise: only what is computed the same way on every
-mesh can be compared between meshes.
+Everything trains, by SGD in float32, unless a test says otherwise: then losses and parameters can be compared
+between meshes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def write_weights(path: Path, *, seed: int) -> Path:
 
 
 def tiny_config(inputs: Inputs, **fields: Any) -> ConfigDict:
-    """20 steps of 8 examples on the inputs, without evaluation; `fields` by dotted name, such as {"mesh.data": 2}."""
+    """20 steps of 8 examples on the inputs, without evaluation.  fields: by dotted name, {"mesh.data": 2}."""
     config = default_config()
     config.update_from_flattened_dict(
         {

@@ -7,11 +7,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # listed here, so that `pip install torch==...` finds it installed.
 torch_needs=(filelock fsspec jinja2 networkx setuptools sympy typing-extensions)
 
+command -v uv >/dev/null || { echo "error: this needs uv (pip install uv)" >&2; exit 1; }
+
 compile() {  # compile COMMENT OUTPUT ARGUMENTS...
   local comment=$1 output=$2
   shift 2
   { echo "# $comment"; uv pip compile --quiet --universal --python-version 3.11 --upgrade \
-      --no-header --no-annotate --no-emit-index-url --no-emit-find-links "$@"; } >"$output.new"
+      --no-header --no-annotate --no-emit-index-url --no-emit-find-links "$@"; } >"$output.new" || { rm "$output.new"; exit 1; }
   mv "$output.new" "$output"
 }
 

@@ -57,19 +57,18 @@ class BadShare:
         """Counts rows of a global batch, the same in every process; raises DataError above the share."""
         self._masked += masked_rows
         self._rows += rows
-        if self._masked > self.max_share * self._rows_to_judge():
+        # Divided, not multiplied: 29 / 100 is the float 0.29, but 0.29 * 100 is less than 29.
+        if self._masked / self._rows_to_judge() > self.max_share:
             raise DataError(
-                f"{self._masked} of {self._rows} rows so far are masked because their records are bad, "
-                "more than"
-                f" the share of {self.max_share:g} allowed by config.data.max_bad_share; "
-                "bad_records.jsonl in the"
-                " workdir lists them with their reasons: mend them or allow more."
+                f"{self._masked} of {self._rows} rows so far are masked because their records are bad, more"
+                f" than the share of {self.max_share:g} allowed by config.data.max_bad_share;"
+                " bad_records.jsonl in the workdir lists them with their reasons: mend them or allow more."
             )
 
     def _rows_to_judge(self) -> int:
         if self.num_examples > _ROWS_TO_JUDGE:
             return max(self._rows, _ROWS_TO_JUDGE)
-        # Every epoch begun counts as a whole: its bad records may come early by chance, but no more than there are.
+        # Every epoch begun counts as a whole: its bad records may all come early by chance.
         first_epoch = self.first_row // self.num_examples
         end_epoch = -(-(self.first_row + self._rows) // self.num_examples)
         return (end_epoch - first_epoch) * self.num_examples
@@ -78,7 +77,7 @@ class BadShare:
 def refuse_bad_share(bad: Iterable[BadRecord], *, num_examples: int, max_share: float) -> None:
     """Raises DataError, with the first few named, if more than `max_share` of the examples are bad."""
     bad = sorted(bad, key=lambda record: (record.file, record.line))
-    if len(bad) <= max_share * num_examples:
+    if len(bad) / num_examples <= max_share:
         return
     shown = "\n".join(f"  {record}" for record in bad[:5])
     more = f"\n  and {len(bad) - 5} more" if len(bad) > 5 else ""

@@ -128,5 +128,8 @@ def _float_channels(image: Image.Image):
     elif image.mode in ("1", "L", "LA", "La"):
         yield image.convert("L").convert("F")
     else:
+        image.info.pop(
+            "transparency", None
+        )  # a palette's alpha, which Pillow would warn about before dropping it
         for channel in image.convert("RGB").split():
             yield channel.convert("F")

@@ -219,10 +219,13 @@ def _json_object(line: bytes) -> dict[str, Any]:
         text = line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"column {error.start + 1}: not UTF-8 (byte 0x{line[error.start]:02x})") from error
+    if text in ("[", "{"):
+        raise ValueError(f"a {text} alone: is this JSON over several lines? Give each object one line")
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"column {error.colno}: broken JSON: {error.msg}") from error
+        what = error.msg.removesuffix(" starting at")  # the column is told before
+        raise ValueError(f"column {error.colno}: broken JSON: {what}") from error
     except RecursionError as error:
         raise ValueError("JSON nested too deep") from error
     if not isinstance(value, dict):
@@ -233,7 +236,7 @@ def _json_object(line: bytes) -> dict[str, Any]:
 def _text(name: str, fields: dict[str, Any]) -> str:
     if name not in fields:
         found = ", ".join(sorted(fields)) or "none"
-        remedy = ", or set a prefix for all examples" if name == "prefix" else ""
+        remedy = ", or set a prefix for all examples (config.data.prefix)" if name == "prefix" else ""
         raise ValueError(f"no field {name!r} (fields found: {found}){remedy}")
     return _checked_text(name, fields[name])
 
@@ -275,6 +278,6 @@ def _path_inside(root: str, name: str) -> str:
     path = os.path.realpath(os.path.join(root, name))
     if os.path.commonpath([root, path]) != root:
         raise ValueError(
-            f"image {name!r}: leads out of the data root {root} (to {path}); move it inside or set the root"
+            f"image {name!r}: leads out of the data root {root} (to {path}); images must lie inside it"
         )
     return path

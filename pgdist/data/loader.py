@@ -1,7 +1,7 @@
 """The rows that one process feeds its devices, read ahead by threads or worker processes.
 
-A Grain dataset has one element for each row that this process holds, in order: element i is position rows[i
-% len(rows)] of step start_step + i // len(rows). The start is part of that mapping, so starting in the
+A Grain dataset has one element for each row that this process holds: element i is the row at position
+rows[i % len(rows)] of step start_step + i // len(rows). The start is part of that mapping, so starting in the
 middle costs nothing, and the rows come out the same whatever the number of hosts and workers. A row that
 cannot be made is masked, never dropped.
 """
@@ -29,8 +29,7 @@ from pgdist.data.tokenizer import Tokenizer
 
 PADDING_INDEX = -1
 
-# Pillow lets go of the GIL while it decodes and filters; beyond this many threads the GIL is what they wait
-# for.
+# Pillow lets go of the GIL while it decodes and filters; more threads than this wait for the GIL.
 _MAX_THREADS = 16
 _THREADS_PER_WORKER = 2
 
@@ -65,8 +64,11 @@ class HostBatches(Iterator[HostBatch]):
         self._rows = rows
         self._step = first_step
         self._rows_per_step = rows_per_step
+        self._closed = False
 
     def __next__(self) -> HostBatch:
+        if self._closed:
+            raise StopIteration
         try:
             rows = [next(self._rows) for _ in range(self._rows_per_step)]
         except StopIteration:
@@ -76,6 +78,8 @@ class HostBatches(Iterator[HostBatch]):
         return _stack(rows, step=self._step - 1)
 
     def close(self) -> None:
+        """Stops reading ahead; the iterator then has no more batches."""
+        self._closed = True
         self._rows.close()
 
     def __enter__(self) -> HostBatches:

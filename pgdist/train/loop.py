@@ -170,10 +170,9 @@ class _StepLog:
             )
         if self._bad_steps > loop.patience:
             raise DivergedError(
-                f"Training diverged: loss or gradients were not finite in {self._bad_steps} steps in a "
-                f"row, up to step {step + 1} "
-                f"(loss {found['loss']}, gradient norm {found['grad_norm']}). Nothing of them was saved. "
-                "Lower "
-                "config.optimizer.learning_rate or set config.optimizer.clip_norm, and start again from "
-                "the last checkpoint."
+                "Training diverged: the loss, its gradients or the parameters they lead to were not finite "
+                f"in {self._bad_steps} steps in a row, up to step {step + 1} (loss {found['loss']}, gradient "
+                f"norm {found['grad_norm']}). Nothing of them was saved. Lower "
+                "config.optimizer.learning_rate or set config.optimizer.clip_norm, and start again from the "
+                "last checkpoint."
             )

@@ -34,8 +34,8 @@ def make_train_step(
     """step(state, frozen, batch) -> (state, metrics); the state is donated, frozen parameters are only read.
 
     Metrics are float32[]: loss (mean over examples, nats), grad_norm (before clipping), relative_rate (of
-    the schedule), examples and tokens (unmasked rows and their scored tokens), finite (1 if loss and
-    gradients were). A step that is not finite changes nothing but the step counter.
+    the schedule), examples and tokens (unmasked rows and their scored tokens), finite (1 if loss,
+    gradients and updated parameters were). A step that is not finite changes nothing but the step counter.
     """
 
     def step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -51,11 +51,13 @@ def make_train_step(
             return sums.loss / jnp.maximum(1.0, sums.examples), sums
 
         (loss, sums), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.trainable)
-        grad_norm = optax.global_norm(gradients)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        grad_norm = optax.tree.norm(gradients)
         rate = schedule(state.step)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = jax.tree.map(lambda p, u: p - rate * u, state.trainable, updates)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        for leaf in jax.tree.leaves(trainable):  # a finite gradient times a huge rate may not be
+            finite &= jnp.all(jnp.isfinite(leaf))
 
         def keep_finite(new: PyTree, old: PyTree) -> PyTree:
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)

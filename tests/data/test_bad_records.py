@@ -58,7 +58,7 @@ def test_no_bad_record_is_allowed_at_a_share_of_0():
         refuse_bad_share([bad(1)], num_examples=10, max_share=0.0)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     n=st.integers(1, 150),
     bad_ids=st.sets(st.integers(0, 149), max_size=5),
@@ -73,6 +73,16 @@ def test_a_share_that_is_allowed_never_stops_a_small_data_set(n, bad_ids, seed, 
     for step in range(start, start + 20):
         masked = sum(int(i) in bad_ids for i in order.ids(step, batch_size))
         share.add(masked_rows=masked, rows=batch_size)
+
+
+@pytest.mark.parametrize("percent", range(1, 100))
+def test_a_share_is_compared_without_rounding(percent):
+    records = [bad(line) for line in range(percent)]
+    refuse_bad_share(records, num_examples=100, max_share=percent / 100)
+    share = BadShare(num_examples=100, max_share=percent / 100)
+    share.add(masked_rows=3 * percent, rows=300)
+    with pytest.raises(DataError):
+        share.add(masked_rows=1, rows=0)
 
 
 def test_one_bad_record_too_many_stops_a_small_data_set_within_an_epoch():

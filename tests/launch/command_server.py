@@ -1,14 +1,15 @@
 """Runs commands as `python -m` would, in forks of one process that has imported everything already.
 
 Importing JAX and its friends takes seconds, which a hundred small runs of a command cannot afford. The server
-imports them once and starts nothing: it has no JAX backend and no threads, so that a fork of it is as good as a
-fresh process. Each fork has its own folder, standard streams, and a limit on its time.
+imports them once and starts nothing: it has no JAX backend and no second thread, so a fork of it is as good
+as a fresh process. Each run has its own folder, standard streams, and a limit on its time.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-_ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,34 +34,40 @@ class Finished:
     err: str
 
 
+def environment() -> dict[str, str]:
+    """The variables for a command that finds this checkout and one CPU device."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+
+
 class CommandServer:
     """A running server; `close()` ends it."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(_ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self._process = subprocess.Popen([sys.executable, __file__], env=environment(), text=True, **pipes)
 
-    def run(self, module: str, arguments: Sequence[str], *, folder: Path, streams: Path, limit: int = 120) -> Finished:
-        """`python -m module arguments` in `folder`, its output in files under `streams`, killed after `limit` s."""
+    def run(
+        self, module: str, arguments: Sequence[str], *, folder: Path, streams: Path, limit: int = 120
+    ) -> Finished:
+        """`python -m module arguments` in `folder`; killed by SIGALRM after `limit` seconds.
+
+        streams: a folder for files with what is printed.
+        """
         out, err = streams / "stdout", streams / "stderr"
         request = {"module": module, "arguments": list(arguments), "folder": str(folder), "limit": limit}
         request |= {"out": str(out), "err": str(err)}
-        assert self._process.stdin is not None and self._process.stdout is not None
         print(json.dumps(request), file=self._process.stdin, flush=True)
         code = int(self._process.stdout.readline())
         return Finished(code=code, out=out.read_text(), err=err.read_text())
 
     def close(self) -> None:
-        """Ends the server."""
-        self._process.communicate(timeout=30)  # at the end of its standard input it leaves
+        """Ends the server, which leaves at the end of its standard input."""
+        self._process.communicate(timeout=30)
 
 
 def _serve() -> None:
-    import pgdist.finetune  # noqa: F401
-    import pgdist.inference  # noqa: F401
-
+    for module in ("launch.entry", "pgdist.finetune", "pgdist.inference", "pgdist.decode"):
+        importlib.import_module(module)
     assert threading.active_count() == 1, threading.enumerate()
     gc.freeze()  # or the first collection in a fork would copy all of its memory
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""The decoder's own conventions: norm, rotary positions, query scale, soft-caps, grouped queries."""
+"""The decoder's own conventions: embedding scale, norm, MLP, positions, query scale, soft-caps, heads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgdist.models import Gemma, GemmaConfig, PaliGemmaConfig
-from pgdist.models.gemma import RMSNorm, rotate, softcap
+from pgdist.models.gemma import GatedMlp, RMSNorm, rotate, softcap
 from tests.models.small import SMALL, random_parameters, with_text
 
 LENGTH = 7
@@ -46,6 +46,27 @@ def test_rms_norm_multiplies_by_one_plus_scale(size):
     found = RMSNorm().apply({"params": {"scale": jnp.float32(scale)}}, jnp.float32(x))
     expected = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * (1 + scale)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_token_embeddings_are_multiplied_by_the_root_of_the_width():
+    config = SMALL["paligemma"]
+    llm = random_parameters(config, seed=0)["llm"]
+    found = Gemma(config.text).apply({"params": llm}, np.array([[3, 319]]), method=Gemma.embed)
+    expected = llm["embedder"]["input_embedding"][[3, 319]] * 72**0.5
+    np.testing.assert_allclose(found[0], expected, rtol=1e-6)
+
+
+def test_mlp_multiplies_the_second_half_by_the_tanh_gelu_of_the_first():
+    rng = np.random.default_rng(0)
+    config = SMALL["paligemma"].text
+    gating = rng.standard_normal((2, 72, 112)).astype(np.float32) / 8
+    linear = rng.standard_normal((112, 72)).astype(np.float32) / 8
+    x = rng.standard_normal((2, 3, 72)).astype(np.float32)
+    found = GatedMlp(config).apply({"params": {"gating_einsum": gating, "linear": linear}}, x)
+    gate = x @ gating[0]
+    gelu = gate * 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+    # The exact GELU differs from the tanh form by up to 5e-4 a value.
+    np.testing.assert_allclose(found, (gelu * (x @ gating[1])) @ linear, rtol=0, atol=1e-5)
 
 
 def test_rotary_embedding_turns_first_half_with_second():

@@ -48,20 +48,35 @@ def test_same_seed_writes_the_same_files_with_any_number_of_workers(tmp_path: Pa
     assert one.keys() == other.keys() and one["train.jsonl"] != other["train.jsonl"]
 
 
-def test_every_object_and_every_pair_of_colours_is_held_out_once():
-    assert sorted(thing for pair in demo.HELD_OUT for thing in pair) == sorted(demo.THINGS)
-    colours = {frozenset(thing.colour for thing in pair) for pair in demo.HELD_OUT}
-    assert colours == {frozenset(pair) for pair in itertools.combinations(demo.COLOURS, 2)}
+def test_a_fifth_is_held_out_and_sets_of_one_or_two_only_on_one_background():
+    triples = [
+        {demo.is_held_out(things, light=light) for light in (False, True)}
+        for things in itertools.combinations(demo.THINGS, 3)
+    ]
+    assert all(len(answers) == 1 for answers in triples)
+    assert 0.15 < sum(answers == {True} for answers in triples) / len(triples) < 0.25
+    for number in (1, 2):
+        answers = [
+            [demo.is_held_out(things, light=light) for light in (False, True)]
+            for things in itertools.combinations(demo.THINGS, number)
+        ]
+        assert any(map(any, answers)) and not any(map(all, answers))
+
+
+def test_the_order_of_the_objects_does_not_decide_what_is_held_out():
+    for things in itertools.combinations(demo.THINGS, 3):
+        assert demo.is_held_out(things, light=True) == demo.is_held_out(things[::-1], light=True)
 
 
 @pytest.mark.parametrize("task", demo.TASKS)
 @pytest.mark.parametrize("max_objects", [2, 3])
-def test_held_out_pairs_are_in_every_validation_scene_and_in_no_training_scene(task: str, max_objects: int):
+def test_held_out_combinations_are_the_validation_scenes_and_no_training_scene(task: str, max_objects: int):
     train = scenes("train", task=task, max_objects=max_objects)
-    assert not any(demo.has_held_out_pair(scene.things) for scene in train)
+    assert not any(demo.is_held_out(scene.things, light=scene.light) for scene in train)
     assert {thing for scene in train for thing in scene.things} == set(demo.THINGS)
     validation = scenes("validation", task=task, max_objects=max_objects)
-    assert all(demo.has_held_out_pair(scene.things) for scene in validation)
+    assert all(demo.is_held_out(scene.things, light=scene.light) for scene in validation)
+    assert {len(scene.things) for scene in validation} == set(range(1, max_objects + 1))
 
 
 def test_records_on_disk_keep_what_is_held_out_apart(tmp_path: Path):
@@ -70,10 +85,12 @@ def test_records_on_disk_keep_what_is_held_out_apart(tmp_path: Path):
         records = [json.loads(line) for line in (tmp_path / f"{split}.jsonl").read_text().splitlines()]
         assert {record["task"] for record in records} == {"caption", "count", "detect", "place"}
         for record in records:
-            assert Image.open(tmp_path / record["image"]).size == (56, 56)
+            image = Image.open(tmp_path / record["image"])
+            assert image.size == (56, 56)
             if record["task"] == "caption":
                 things = [demo.Thing(*words) for words in re.findall(r"a (\w+) (\w+)", record["suffix"])]
-                assert demo.has_held_out_pair(things) == held_out
+                light = np.asarray(image)[0].mean() > 128  # no object touches the edge
+                assert demo.is_held_out(things, light=light) == held_out
 
 
 @pytest.mark.parametrize("size", [56, 64])
@@ -156,7 +173,8 @@ def test_boxes_match_the_drawn_pixels(size: int, shape: str):
     rng = np.random.default_rng(0)
     for colour in demo.COLOURS:
         for _ in range(5):
-            scene = demo.place([demo.Thing(colour, shape)], rng, size=size)
+            light = bool(rng.random() < 0.5)
+            scene = demo.place([demo.Thing(colour, shape)], rng, light=light, size=size)
             image = demo.render(scene, rng)
             assert image.size == (size, size) and image.mode == "RGB"
             assert demo.iou(drawn_box(image, scene.objects[0]), scene.objects[0].box) >= 0.9
