@@ -26,6 +26,8 @@ from pgdist.errors import ConfigError, PeerLostError, UserError
 
 BUG = 1
 
+_SECONDS_FOR_PEERS = 2.0  # that a failing process waits for others that fail as well
+
 # What Gloo, NCCL and JAX's coordination service say when a process is gone.
 _LOST_PEER = re.compile(
     r"Gloo .* failed|Connection (reset|closed|refused)|coordination service|heartbeat|remote process exited"
@@ -110,7 +112,7 @@ def _exit_code(call: Callable[[], None]) -> int:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the process with `code`; a failing one of several without waiting for its peers."""
+    """Ends the process with `code`; a failing one of several does not wait for its peers."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -125,8 +127,20 @@ def _leave(code: int) -> NoReturn:
     if code != 0 and _has_peers():
         for child in multiprocessing.active_children():  # data loading workers, which os._exit would orphan
             child.kill()
+        if code != PeerLostError.exit_code and _fails_with_all():
+            sys.modules["jax"].distributed.shutdown()
         os._exit(code)
     sys.exit(code)
+
+
+def _fails_with_all() -> bool:
+    """Whether all processes of the job are about to leave, as after a mistake in what they share.
+
+    They must leave together: those that stay a moment longer than the first are aborted by JAX, with 134.
+    """
+    from pgdist import cluster  # not at the top: it imports JAX
+
+    return cluster.meet(seconds=_SECONDS_FOR_PEERS)
 
 
 def _tells_of_a_lost_peer(error: BaseException) -> bool:

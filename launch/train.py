@@ -13,6 +13,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from launch import entry
+from pgdist.errors import Preempted
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Python file with get_config(); fields: --config.a.b=VALUE."
@@ -40,10 +41,14 @@ def main() -> None:
     cluster.join(
         coordinator=_COORDINATOR.value, num_processes=_NUM_PROCESSES.value, process_id=_PROCESS_ID.value
     )
-    with cluster.StopRequest() as stop:
-        done = finetune(
-            _CONFIG.value, workdir=_WORKDIR.value, should_stop=stop.is_requested, fork=_FORK.value
-        )
+    try:
+        with cluster.StopRequest() as stop:
+            done = finetune(
+                _CONFIG.value, workdir=_WORKDIR.value, should_stop=stop.is_requested, fork=_FORK.value
+            )
+    except Preempted:
+        cluster.leave()  # all stop at the same step: nobody may go while another still writes
+        raise
     for name, value in done.metrics.items():
         logging.info("%s: %.4f", name, value)
     logging.info("Report: %s/report.html", _WORKDIR.value)

@@ -69,8 +69,10 @@ class Checkpoints:
             step = self.steps()[-1]
             state = self._try_load(step, abstract_state)
             if cluster.all_agree(state is not None):
-                logging.info("Resumed from the checkpoint of step %d.", step)
-                return state
+                if checksums(state) == self._checkpointer.metadata(step).custom_metadata.get(_CHECKSUMS):
+                    logging.info("Resumed from the checkpoint of step %d.", step)
+                    return state
+                logging.error("The checkpoint of step %d cannot be read: numbers in it have changed.", step)
             self._set_aside(step)
         return None
 
@@ -84,13 +86,16 @@ class Checkpoints:
         self._checkpointer.close()
 
     def _try_load(self, step: int, abstract_state: PyTree) -> PyTree | None:
+        """The state, or None if this process cannot read it: others may, so none of them waits for another
+        here.
+        """
+        process = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
         try:
             metadata = self._checkpointer.metadata(step)
             self._check_belongs(step, metadata, abstract_state)
-            state = self._checkpointer.load(step, abstract_state)
-            if checksums(state) != metadata.custom_metadata[_CHECKSUMS]:
-                raise ValueError("its numbers are not those that were saved")
-            return state
+            with ocp.Context(multiprocessing_options=alone):
+                return ocp.load(self._directory / str(step), abstract_state)
         except WeightsError:
             raise
         except Exception as error:

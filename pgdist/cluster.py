@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 import jax
 from absl import logging
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from pgdist.errors import ConfigError
+from pgdist.errors import ConfigError, UserError
 
 
 def join(*, coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -50,6 +52,16 @@ def leave() -> None:
         jax.distributed.shutdown()
 
 
+def meet(*, seconds: float) -> bool:
+    """Whether all processes of the job come here within so many seconds of the first; once in a job."""
+    try:
+        # The only barrier of JAX that gives up without ending the process.
+        distributed.global_state.client.wait_at_barrier("pgdist/meet", round(1000 * seconds))
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
 def is_primary() -> bool:
     """Whether this process writes what the job has only one of."""
     return jax.process_index() == 0
@@ -60,6 +72,21 @@ def all_agree(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.process_allgather(value).all())
+
+
+def on_primary(action: Callable[[], None]) -> None:
+    """Calls `action` in process 0 alone; all must call this, and go on when it is done.
+
+    A UserError of it is raised there and a ConfigError in the others: all end knowing that it was a mistake.
+    """
+    error = None
+    if is_primary():
+        try:
+            action()
+        except UserError as found:
+            error = found
+    if not all_agree(error is None):
+        raise error or ConfigError("Process 0 refuses to go on; its log says why.")
 
 
 def barrier(name: str) -> None:
@@ -92,7 +119,7 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def is_requested(self, step: int) -> bool:
-        """Whether to stop after `step` updates; the same in every process, which all must ask at every step."""
+        """Whether to stop after `step` updates; the same in every process, and all ask at every step."""
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)
         return self._signal is not None

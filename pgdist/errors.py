@@ -1,8 +1,8 @@
 """What can go wrong that is not a bug, each with the exit code that tells schedulers whether to restart.
 
-Raise these where the cause is known, with the value, the file, the line or the field in the message, and what
-to do about it. The commands print the message without a traceback and leave with `exit_code`; anything else is
-a bug (1).
+Raise these where the cause is known, with the value, the file, the line or the field in the message, and
+what to do about it. The commands print the message without a traceback and leave with `exit_code`; anything
+else is a bug (1).
 """
 
 from __future__ import annotations

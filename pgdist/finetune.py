@@ -57,7 +57,7 @@ _SHOWN_EXAMPLES = 8  # of the first batch, in the report
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finetuned:
-    """A trained model: what decodes (`model`, `params`, `tokenizer`), and the metrics of the last evaluation."""
+    """A trained model: what decodes (`model`, `params`, `tokenizer`), and its last evaluation's metrics."""
 
     model: PaliGemma
     params: PyTree
@@ -95,7 +95,7 @@ def finetune(
         state = state if restored is None else restored
         if state.step > config.steps:
             raise ConfigError(
-                f"config.steps={config.steps}, but --workdir={workdir} holds a checkpoint of step {state.step}. "
+                f"config.steps={config.steps}, but --workdir={workdir} holds step {state.step} already. "
                 "Train for more steps, or use a new --workdir."
             )
         # Only now, when nothing wrong with weights or checkpoints can stop the run, is it one of this config.
@@ -144,7 +144,11 @@ def _train(
             evaluate_every=config.eval.every,
             should_stop=should_stop,
             bad_records=BadRecordLog(job.workdir.bad_records(jax.process_index())),
-            bad_share=BadShare(num_examples=len(job.train_source), max_share=config.data.max_bad_share),
+            bad_share=BadShare(
+                num_examples=len(job.train_source),
+                max_share=config.data.max_bad_share,
+                first_row=first * config.batch_size,
+            ),
             patience=config.patience,
         )
         state = loop.run(state)
@@ -193,7 +197,7 @@ class _Job:
         self.evaluator = self._make_evaluator()
 
     def load_weights(self) -> tuple[PyTree, TrainState]:
-        """(frozen parameters, the state before the first step), from `config.init` or at random by the seed."""
+        """(frozen parameters, the state before the first step), from `config.init` or at random."""
         dtypes = {
             name: jnp.dtype("float32" if scale else self.config.frozen_dtype)
             for name, scale in self.scales.items()
@@ -259,7 +263,7 @@ class _Job:
         return step in (0, self.config.steps) or (due and not is_done)
 
     def evaluate(self, step: int, state: TrainState, frozen: PyTree) -> dict[str, float]:
-        """Metrics of the state by name, its predictions written to the workdir; none without validation data."""
+        """Metrics of the state by name, none without validation data; its predictions go to the workdir."""
         if self.evaluator is None:
             return {}
         config = self.config.eval

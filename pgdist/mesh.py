@@ -74,7 +74,7 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, devices: Sequence[jax.Device] | 
 
 
 def parameter_sharding(mesh: Mesh, name: str, shape: Sequence[int]) -> NamedSharding:
-    """Where the parameter lives: split over `fsdp` along its written dimension if that divides, else whole."""
+    """Where the parameter lives: split over `fsdp` along its written dimension, or whole."""
     for pattern, dimension in _SPLIT_DIMENSION:
         if pattern.fullmatch(name):
             if shape[dimension] % mesh.shape["fsdp"] == 0:

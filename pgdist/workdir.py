@@ -68,8 +68,17 @@ class Workdir:
 
         Changes nothing, so that what goes wrong before the run has begun leaves no run of its config behind.
         """
-        if not cluster.is_primary():
-            return
+        cluster.on_primary(lambda: self._check(config, fork=fork))
+
+    def make(self) -> None:
+        """Makes the folder; ConfigError where that fails although `check` saw no reason."""
+        cluster.on_primary(self._make)
+
+    def record(self, config: ConfigDict) -> None:
+        """Writes the config into the folder; a different one stays as config_before_fork_N.json."""
+        cluster.on_primary(lambda: self._record(config))
+
+    def _check(self, config: ConfigDict, *, fork: bool) -> None:
         there = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             found = "cannot be written" if there.is_dir() else "is a file"
@@ -82,26 +91,20 @@ class Workdir:
                 + "\nUse a new --workdir, or --fork to go on in this one with the new config."
             )
 
-    def make(self) -> None:
-        """Makes the folder; ConfigError where that fails although `check` saw no reason."""
-        if cluster.is_primary():
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                probe = self.path / ".writable"
-                probe.touch()
-                probe.unlink()
-            except OSError as error:
-                raise self._unwritable(error.strerror or str(error)) from error
-        cluster.barrier("workdir made")
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise self._unwritable(error.strerror or str(error)) from error
 
-    def record(self, config: ConfigDict) -> None:
-        """Writes the config into the folder; a different one stays as config_before_fork_N.json."""
-        if cluster.is_primary():
-            if self._differences(config):
-                number = len(list(self.path.glob("config_before_fork_*.json"))) + 1
-                shutil.copyfile(self.config, self.path / f"config_before_fork_{number}.json")
-            write_json(self.config, json.loads(config.to_json()))
-        cluster.barrier("workdir recorded")
+    def _record(self, config: ConfigDict) -> None:
+        if self._differences(config):
+            number = len(list(self.path.glob("config_before_fork_*.json"))) + 1
+            shutil.copyfile(self.config, self.path / f"config_before_fork_{number}.json")
+        write_json(self.config, json.loads(config.to_json()))
 
     def _differences(self, config: ConfigDict) -> list[str]:
         """One line for each field whose value is not the recorded one."""

@@ -19,6 +19,9 @@ from pgdist.mesh import make_mesh, parameter_sharding
 from pgdist.parameters import flatten, unflatten
 from pgdist.train.state import TrainState, init_state, state_shardings
 
+# A load that fails leaves tasks of Orbax behind that nobody waits for.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 # Large enough to lie in a file of their own, small enough to be quick.
 SHAPES = {"llm/layers/mlp/linear": (2, 64, 32), "llm/final_norm/scale": (32,)}
 BASE = {"base_weights": "abc"}

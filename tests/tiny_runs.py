@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from launch.command_line import flatten as flatten_config
 from pgdist import weights
 from pgdist.config import default_config
 from pgdist.models.presets import PRESETS
@@ -78,6 +79,18 @@ def tiny_config(inputs: Inputs, **fields: Any) -> ConfigDict:
         }
     )
     return config
+
+
+def write_config(path: Path, config: ConfigDict) -> Path:
+    """A config file that gives the config, for runs in other processes."""
+    fields = {name: value for name, value in flatten_config(config).items() if value is not None}
+    lines = [
+        "from pgdist.config import default_config\n\n\ndef get_config():\n    config = default_config()",
+        f"    config.update_from_flattened_dict({fields!r})",
+        "    return config\n",
+    ]
+    path.write_text("\n".join(lines))
+    return path
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

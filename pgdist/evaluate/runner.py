@@ -59,7 +59,7 @@ class Evaluator:
     validation_step: Callable[[PyTree, PyTree, Mapping[str, jax.Array]], BatchLoss] | None = None
 
     def validation_loss(self, trainable: PyTree, frozen: PyTree) -> dict[str, float]:
-        """{"loss": mean over examples in nats, "token_accuracy": of the likeliest token} over all examples."""
+        """Over all examples: {"loss": their mean in nats, "token_accuracy": of the likeliest token}."""
         assert self.validation_step is not None
         sharding = batch_sharding(self.mesh)
         sums: BatchLoss | None = None
@@ -102,7 +102,7 @@ class Evaluator:
         assert isinstance(record, Record)  # it was a moment ago: the source is a file that does not change
         return Prediction(
             index=index,
-            image=record.image,
+            image=record.image_name,
             prefix=record.prefix,
             suffix=record.suffix,
             prediction=text,

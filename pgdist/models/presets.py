@@ -33,17 +33,11 @@ _GEMMA2_27B = GemmaConfig(
     attn_logits_softcap=50.0, post_norms=True,
 )  # fmt: skip
 _TINY_TEXT = GemmaConfig(
-    width=96,
-    depth=4,
-    mlp_dim=256,
-    num_heads=4,
-    num_kv_heads=1,
-    head_dim=32,
-    query_scale=32**-0.5,
+    width=64, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32, query_scale=32**-0.5,
     vocab_size=1344,
-)
+)  # fmt: skip
 _TINY_IMAGE = SiglipConfig(
-    image_size=56, patch_size=7, width=64, depth=3, num_heads=4, mlp_dim=192, output_dim=_TINY_TEXT.width
+    image_size=56, patch_size=8, width=64, depth=3, num_heads=4, mlp_dim=128, output_dim=_TINY_TEXT.width
 )
 
 
@@ -71,7 +65,7 @@ def preset(
     final_logits_softcap: float = 0.0,
     remat: str = "none",
 ) -> PaliGemmaConfig:
-    """The sizes of a preset with the compute dtype of each tower; KeyError for a name that is not in PRESETS."""
+    """A preset with the compute dtype of each tower; KeyError for a name that is not in PRESETS."""
     base = PRESETS[name]
     return PaliGemmaConfig(
         image=dataclasses.replace(base.image, dtype=image_dtype, remat=remat),

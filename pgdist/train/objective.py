@@ -23,7 +23,7 @@ _LOGITS_PER_DEVICE = 1 << 26
 
 @flax.struct.dataclass
 class BatchLoss:
-    """Sums over a global batch, float32[]. loss: of the examples' losses; the mean loss is loss / examples."""
+    """Sums over a global batch, float32[]. The mean loss is loss / examples."""
 
     loss: jax.Array
     examples: jax.Array

@@ -242,6 +242,29 @@ def test_a_failing_process_of_a_job_leaves_at_once_with_its_own_code(start_job, 
     assert time.monotonic() - start < 5  # JAX's barrier would hold it for minutes
 
 
+# Two processes that meet the same mistake, one of them later.
+MISTAKE = """
+    index, port, late = arguments
+    entry.simulate_devices(1)
+    import jax
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index))
+    time.sleep(index == late)
+    raise errors.ConfigError("wrong for all")
+"""
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("late", ["0", "1"])
+def test_processes_that_fail_alike_all_keep_their_code(start, late):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    job = [start(MISTAKE, index, port, late, options=", positional='ARGUMENTS'") for index in "01"]
+    for returned, _, err in [_end(process) for process in job]:
+        assert returned == 2, err
+        assert "wrong for all" in err
+
+
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("how", ["raise errors.DataError('bad')", "os.kill(os.getpid(), signal.SIGKILL)"])
 def test_a_process_that_loses_its_peer_says_so_and_may_be_restarted(start_job, how):

@@ -1,16 +1,18 @@
-"""The image tower's own conventions: patches, MLP, the connector, pixel values."""
+"""The image tower's own conventions: patches, norms, MLP, the connector, pixel values."""
 
 from __future__ import annotations
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pgdist.models import Siglip, normalize_image
-from pgdist.models.siglip import Mlp, PatchEmbedding
+from pgdist.models.siglip import Encoder, EncoderBlock, Mlp, PatchEmbedding
+from pgdist.parameters import map_named
 from tests.models.small import SMALL
 
 
@@ -26,7 +28,7 @@ def test_patch_embedding_is_a_convolution_with_stride_as_long_as_its_kernel(imag
         image, kernel, (14, 14), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     assert config.num_tokens == 4
-    # Sums of 588 products of order 1/24: rounding of 588^0.5 * 2^-24 at worst in a value of order 1.
+    # Sums of 588 products in another order: 588^0.5 * 2^-24 = 1.4e-6 in values of order 1.
     np.testing.assert_allclose(found, expected.reshape(2, 4, config.width) + bias, rtol=0, atol=1e-5)
 
 
@@ -47,6 +49,25 @@ def test_mlp_uses_the_tanh_gelu():
     expected = y @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"]
     # The exact GELU differs from the tanh form by up to 5e-4 a value.
     np.testing.assert_allclose(Mlp(config).apply({"params": params}, x), expected, rtol=0, atol=1e-5)
+
+
+def test_layer_norms_have_an_epsilon_of_a_millionth():
+    config = SMALL["paligemma"].image
+    # So small that the epsilon is as large as the variance, and with blocks of zeros it stays what it is.
+    x = 1e-3 * np.random.default_rng(0).standard_normal((2, 3, config.width)).astype(np.float32)
+    centered = x - x.mean(axis=-1, keepdims=True)
+    expected = centered / np.sqrt(np.mean(centered**2, axis=-1, keepdims=True) + 1e-6)
+    shapes = jax.eval_shape(Encoder(config).init, jax.random.key(0), x)["params"]
+    params = map_named(lambda name, leaf: np.full(leaf.shape, float(name.endswith("scale"))), shapes)
+    np.testing.assert_allclose(Encoder(config).apply({"params": params}, x), expected, rtol=0, atol=1e-5)
+
+    first_block = jax.tree.map(lambda leaf: leaf[0], params["encoderblock"])
+    _, seen = EncoderBlock(config).apply(
+        {"params": first_block}, x, capture_intermediates=lambda module, _: isinstance(module, nn.LayerNorm)
+    )
+    assert len(seen["intermediates"]) == 2
+    for normalized in jax.tree.leaves(seen["intermediates"]):
+        np.testing.assert_allclose(normalized, expected, rtol=0, atol=1e-5)
 
 
 def test_untrained_connector_adds_nothing_to_the_decoder():
