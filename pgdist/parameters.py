@@ -47,24 +47,29 @@ def learning_rate_scales(names: Iterable[str], rules: Sequence[tuple[str, float]
     whole name.
 
     Raises ConfigError for a rule that is no (regex, scale) pair, a parameter that no rule covers, a rule
-    that matches nothing, and rules that leave nothing to train.
+    that matches nothing or only what earlier ones took, and rules that leave nothing to train.
     """
     names = list(names)
     patterns = [_compile_rule(number, rule) for number, rule in enumerate(rules)]
     scales: dict[str, float] = {}
-    matches = [0] * len(patterns)
-    for name in names:
-        fitting = [i for i, (pattern, _) in enumerate(patterns) if pattern.fullmatch(name)]
-        for i in fitting:
-            matches[i] += 1
-        if fitting:
-            scales[name] = patterns[fitting[0]][1]
-    empty = [patterns[i][0].pattern for i, count in enumerate(matches) if not count]
+    for pattern, scale in patterns:
+        matched = [name for name in names if pattern.fullmatch(name)]
+        taken = [name for name in matched if name not in scales]
+        if not matched:
+            raise ConfigError(
+                f"config.trainable: rule {pattern.pattern!r} matches no parameter. A rule has to match a "
+                "whole name. "
+                "The parameters are:\n" + "\n".join(f"  {name}" for name in names)
+            )
+        # A last rule for the rest may find that nothing is left.
+        if not taken and pattern is not patterns[-1][0]:
+            raise ConfigError(
+                f"config.trainable: rule {pattern.pattern!r} has no effect: the rules before it take "
+                "every parameter that "
+                "it matches, and the first match wins. Put it before them."
+            )
+        scales |= dict.fromkeys(taken, scale)
     uncovered = [name for name in names if name not in scales]
-    if empty:
-        lines = [f"config.trainable: rule {pattern!r} matches no parameter." for pattern in empty]
-        lines += ["A rule has to match a whole name. The parameters are:", *(f"  {name}" for name in names)]
-        raise ConfigError("\n".join(lines))
     if uncovered:
         lines = ["config.trainable leaves parameters without a rule:"]
         lines += [f"  no rule covers {name}" for name in uncovered[:5]]

@@ -22,16 +22,23 @@ def test_names_are_paths_and_go_both_ways():
 
 
 def test_the_first_rule_that_matches_a_whole_name_wins():
-    rules = (("img/head/.*", 0.1), ("img/.*/kernel", 5.0), ("llm/layers/attn", 7.0), (".*", 1.0))
+    rules = (("img/.*/kernel", 0.1), ("img/head/.*", 5.0), ("llm/layers/attn", 7.0), (".*", 1.0))
 
     with pytest.raises(ConfigError, match="rule 'llm/layers/attn' matches no parameter"):
         learning_rate_scales(NAMES, rules)  # a part of a name is not a match
     assert learning_rate_scales(NAMES, (rules[0], rules[1], rules[3])) == {
         "img/head/kernel": 0.1,
-        "img/head/bias": 0.1,
+        "img/head/bias": 5.0,
         "llm/layers/attn/q_einsum/w": 1.0,
         "llm/final_norm/scale": 1.0,
     }
+
+
+def test_a_rule_that_earlier_ones_leave_nothing_is_an_error_but_not_a_last_one_for_the_rest():
+    with pytest.raises(ConfigError, match="rule 'img/head/bias' has no effect"):
+        learning_rate_scales(NAMES, (("img/.*", 1.0), ("img/head/bias", 0.0), (".*", 1.0)))
+    rules = (("img/.*", 1.0), ("llm/.*", 1.0), (".*", 0.0))
+    assert learning_rate_scales(NAMES, rules) == dict.fromkeys(NAMES, 1.0)
 
 
 def test_rules_that_leave_names_uncovered_list_them():

@@ -1,6 +1,6 @@
 """Scores of a run's last predictions by task, for data whose records have a field `task`.
 
-    python tools/score_tasks.py runs/tiny_pretrain
+python tools/score_tasks.py runs/tiny_pretrain
 """
 
 from __future__ import annotations

@@ -47,13 +47,13 @@ class HostBatch:
     """This process's rows of one global batch, in the order of `rows`; R is their number.
 
     arrays: image uint8[R, S, S, 3]; text, mask_ar, mask_loss, mask_input int32[R, T]; weight float32[R], 1
-    for a real row and 0 for a masked one; index int64[R], the example id or -1 for padding.
+    for a real row and 0 for a masked one; truncated float32[R], 1 where the text did not fit; index int64[R],
+    the example id or -1 for padding.
     """
 
     arrays: dict[str, np.ndarray]
     records: tuple[Record | BadRecord | None, ...]  # of each row; None for padding
     bad: tuple[BadRecord, ...]
-    truncated: int  # rows whose text did not fit
     step: int  # of training, or the number of the evaluation batch from 0
 
 
@@ -293,10 +293,10 @@ def _stack(rows: Sequence[_Row], *, step: int) -> HostBatch:
             "mask_loss": np.stack([row.text.mask_loss for row in rows]),
             "mask_input": np.stack([row.text.mask_input for row in rows]),
             "weight": np.array(weight, np.float32),
+            "truncated": np.array([row.text.truncated for row in rows], np.float32),
             "index": np.array([row.index for row in rows], np.int64),
         },
         records=tuple(row.record for row in rows),
         bad=bad,
-        truncated=sum(row.text.truncated for row in rows),
         step=step,
     )

@@ -93,7 +93,6 @@ class Loop:
         started = time.perf_counter()
         batch = next(self.batches)
         log.data_wait_seconds = time.perf_counter() - started
-        log.truncated_rows = batch.truncated
         for record in self.bad_records.add(batch.bad):
             logging.warning("Bad record, its row is masked: %s", record)
         arrays = {name: array for name, array in batch.arrays.items() if name != "index"}
@@ -112,20 +111,15 @@ class _StepLog:
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
-        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._pending: tuple[int, dict[str, jax.Array], float] | None = None
         self._bad_steps = 0
         self._last_read = time.perf_counter()
         self.data_wait_seconds = 0.0
-        self.truncated_rows = 0
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Queues the metrics of a step that was just dispatched and reads those of the one before."""
         self.flush()
-        host = {
-            "time/data_wait_seconds": self.data_wait_seconds,
-            "train/truncated_rows": float(self.truncated_rows),
-        }
-        self._pending = step, {"device": metrics, "host": host}
+        self._pending = step, metrics, self.data_wait_seconds
 
     def exclude(self, seconds: float) -> None:
         """Takes time that was no training out of the next step's duration."""
@@ -135,15 +129,17 @@ class _StepLog:
         """Reads what is pending, which waits for that step; writes it and judges it."""
         if self._pending is None:
             return
-        step, pending = self._pending
+        step, metrics, data_wait = self._pending
         self._pending = None
-        found = {name: float(np.asarray(value)) for name, value in pending["device"].items()}
+        found = {name: float(np.asarray(value)) for name, value in metrics.items()}
         now = time.perf_counter()
         seconds, self._last_read = now - self._last_read, now
-        host = pending["host"]
         # The parts of a step's time do not overlap: waiting for data is told apart from stepping.
-        times = {"time/step_seconds": max(0.0, seconds - host["time/data_wait_seconds"])}
-        self._loop.writer.write(step + 1, self._describe(found, seconds) | times | host)
+        times = {
+            "time/step_seconds": max(0.0, seconds - data_wait),
+            "time/data_wait_seconds": data_wait,
+        }
+        self._loop.writer.write(step + 1, self._describe(found, seconds) | times)
         self._judge(step, found)
 
     def _describe(self, found: dict[str, float], seconds: float) -> dict[str, float]:
@@ -155,6 +151,7 @@ class _StepLog:
             "train/examples_per_second": found["examples"] / seconds,
             "train/tokens_per_second": found["examples"] * loop.sequence_length / seconds,
             "train/masked_rows": loop.batch_size - found["examples"],
+            "train/truncated_rows": found["truncated"],
         }
 
     def _judge(self, step: int, found: dict[str, float]) -> None:

@@ -34,8 +34,9 @@ def make_train_step(
     """step(state, frozen, batch) -> (state, metrics); the state is donated, frozen parameters are only read.
 
     Metrics are float32[]: loss (mean over examples, nats), grad_norm (before clipping), relative_rate (of
-    the schedule), examples and tokens (unmasked rows and their scored tokens), finite (1 if loss,
-    gradients and updated parameters were). A step that is not finite changes nothing but the step counter.
+    the schedule), examples and tokens (unmasked rows and their scored tokens), truncated (rows whose text
+    did not fit), finite (1 if loss, gradients and updated parameters were). A step that is not finite
+    changes nothing but the step counter.
     """
 
     def step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -73,6 +74,7 @@ def make_train_step(
             "relative_rate": rate,
             "examples": sums.examples,
             "tokens": sums.tokens,
+            "truncated": jnp.sum(batch["truncated"]),
             "finite": finite.astype(jnp.float32),
         }
         return new_state, metrics

@@ -15,7 +15,7 @@ from tests.data.pictures import colour
 
 LENGTH = 24
 SIZE = 8
-FIELDS = {"image", "text", "mask_ar", "mask_loss", "mask_input", "weight", "index"}
+FIELDS = {"image", "text", "mask_ar", "mask_loss", "mask_input", "weight", "truncated", "index"}
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_batch_holds_the_examples_of_the_order_as_the_model_reads_them(make_so
             for name in ("text", "mask_ar", "mask_loss", "mask_input"):
                 np.testing.assert_array_equal(arrays[name][row], getattr(text, name))
             assert batch.records[row] == source[index]
-        assert batch.bad == () and batch.truncated == 0
+        assert batch.bad == () and not batch.arrays["truncated"].any()
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -193,7 +193,7 @@ def test_truncated_texts_are_counted(make_source, train, tokenizer):
     long = {"image": "0.png", "prefix": "p", "suffix": "red circle " * 40}
     source = make_source(4, bad={0: long, 2: long})
     [batch] = train(source, num_steps=1)
-    assert batch.truncated == 4  # two of four examples, twice in eight rows
+    assert batch.arrays["truncated"].sum() == 4  # two of four examples, twice in eight rows
     assert batch.arrays["weight"].tolist() == [1] * 8
 
 
@@ -215,7 +215,7 @@ def test_evaluation_sees_every_example_once_and_pads_the_tail(
     assert index.tolist() == list(range(count)) + [-1] * padding
     assert weight.tolist() == [1] * count + [0] * padding
     assert records == [source[i] for i in range(count)] + [None] * padding
-    assert not any(batch.bad or batch.truncated for batch in whole)
+    assert not any(batch.bad or batch.arrays["truncated"].any() for batch in whole)
     for part in np.array_split(np.array(data.draw(st.permutations(range(batch_size)))), 3):
         if len(part):
             found = evaluate(source, batch_size=batch_size, rows=part.tolist(), limit=limit)

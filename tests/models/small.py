@@ -118,4 +118,5 @@ def random_batch(
         "mask_loss": mask_ar.copy(),
         "mask_input": mask_input,
         "weight": np.ones(rows, np.float32),
+        "truncated": np.zeros(rows, np.float32),
     }

@@ -65,11 +65,15 @@ def batches(notes: Notes, *, bad: Callable[[int], int] = lambda step: 0) -> Iter
     for step in itertools.count():
         notes.note("fetch", step)
         weight = np.arange(ROWS) >= bad(step)
+        truncated = np.arange(ROWS) < step % ROWS
         yield HostBatch(
-            arrays={"weight": weight.astype(np.float32), "index": np.arange(ROWS)},
+            arrays={
+                "weight": weight.astype(np.float32),
+                "truncated": truncated.astype(np.float32),
+                "index": np.arange(ROWS),
+            },
             records=(),
             bad=tuple(BadRecord(file="a.jsonl", line=n + 1, reason="none") for n in range(bad(step))),
-            truncated=step,
             step=step,
         )
 
@@ -94,6 +98,7 @@ def loop(
             "relative_rate": 0.5,
             "examples": batch["weight"].sum(),
             "tokens": 10.0,
+            "truncated": batch["truncated"].sum(),
             "finite": float(finite),
         }
         return state.replace(step=np.int32(number + 1)), metrics
@@ -167,7 +172,7 @@ def test_each_step_is_written_with_its_own_numbers(tmp_path):
         row = notes.written[step + 1]
         assert row["train/loss"] == step
         assert row["train/learning_rate"] == 0.01
-        assert row["train/truncated_rows"] == step
+        assert row["train/truncated_rows"] == step % ROWS
         assert row["train/masked_rows"] == int(step == 2)
         assert row["train/tokens_per_second"] == pytest.approx(30 * row["train/examples_per_second"])
         assert row["time/step_seconds"] >= 0 and row["time/data_wait_seconds"] >= 0

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import pgdist.finetune
+import pgdist.job
 from pgdist.errors import Preempted
 from tests.tiny_runs import (
     Inputs,
@@ -48,7 +49,7 @@ def run(inputs):
     def run(workdir: Path, *, data: int, devices=None, stop_at: int | None = None) -> Run:
         ids: dict[int, list[int]] = {}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pgdist.finetune, "train_batches", noting_ids(pgdist.finetune.train_batches, ids))
+            patch.setattr(pgdist.job, "train_batches", noting_ids(pgdist.job.train_batches, ids))
             try:
                 params = host(
                     pgdist.finetune.finetune(
