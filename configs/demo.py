@@ -22,9 +22,9 @@ def get_config() -> ConfigDict:
 
     c.data.train = "runs/demo_data/train.jsonl"
     c.data.validation = "runs/demo_data/validation.jsonl"
-    c.data.text_length = 36
+    c.data.text_length = 24  # the longest description with its prompt
 
-    c.steps = 256
+    c.steps = 128
     c.batch_size = 64
     c.optimizer.name = "sgd"
     c.optimizer.learning_rate = 0.5
@@ -32,6 +32,6 @@ def get_config() -> ConfigDict:
     c.schedule.warmup = 0.1
     c.eval.every = 16
     c.eval.examples = 4
-    c.eval.max_new_tokens = 32
-    c.checkpoint.every = 64
+    c.eval.max_new_tokens = 24
+    c.checkpoint.every = 32
     return c

@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from launch import entry
+from launch import entry, membership
 from pgdist.errors import ConfigError, DataError, WeightsError
 
 if TYPE_CHECKING:
@@ -50,10 +50,6 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer(
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", None, "Inputs at a time; the config's by default.", lower_bound=1
 )
-_FAKE_DEVICES = flags.DEFINE_integer(
-    "fake_devices", None, "Simulate so many devices on the CPU.", lower_bound=1
-)
-
 
 _SHOWN_ERRORS = 10
 
@@ -62,8 +58,8 @@ def main(*more_images: str) -> None:
     """Reads the flags, loads the model, answers."""
     images = [*_IMAGES.value, *more_images]
     _check_flags(images)
-    if _FAKE_DEVICES.value is not None:
-        entry.simulate_devices(_FAKE_DEVICES.value)
+    membership.join_job()
+    from pgdist import cluster
     from pgdist.config import check_values
     from pgdist.inference import load_model, read_run_config
 
@@ -77,6 +73,7 @@ def main(*more_images: str) -> None:
     source = _open_data(config) if _DATA.value else None
     loaded = load_model(config, weights)
     _write(_answer_data(config, loaded, source) if source else _answer_images(config, loaded, images))
+    cluster.leave()
 
 
 def _check_flags(images: Sequence[str]) -> None:
@@ -176,14 +173,20 @@ def _answer_data(config: ConfigDict, loaded: LoadedModel, source: JsonlSource) -
 
 
 def _write(answers: Iterator[Prediction]) -> None:
-    """Prints and writes the answers as they come; DataError at the end for inputs that could not be read."""
+    """Prints and writes the answers as they come; DataError at the end for inputs that could not be read.
+
+    Process 0 alone writes; the others go through the same answers, and end with the same code.
+    """
+    from pgdist import cluster
+
     errors = []
     first = next(answers)  # a run that fails before it leaves no file behind
-    with _open_out() as out:
+    with _open_out(_OUT.value if cluster.is_primary() else None) as out:
         for answer in itertools.chain([first], answers):
             if answer.error is not None:
                 errors.append(answer.error)
-            print(answer.prediction.replace("\n", "\\n"), flush=True)
+            if cluster.is_primary():
+                print(answer.prediction.replace("\n", "\\n"), flush=True)
             out.write(json.dumps(_row(answer), ensure_ascii=False) + "\n")
             out.flush()
     if errors:
@@ -205,16 +208,16 @@ def _row(answer: Prediction) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _open_out() -> Iterator[IO[str]]:
-    """The file for the answers: beside --out until all are there, then in its place."""
-    out = os.path.realpath(_OUT.value or os.devnull)
+def _open_out(path: str | None) -> Iterator[IO[str]]:
+    """The file for the answers: beside `path` until all are there, then in its place; None is nowhere."""
+    out = os.path.realpath(path or os.devnull)
     # What is there and no plain file is a device or a pipe: /dev/null must stay what it is.
     is_plain = os.path.isfile(out) or not os.path.exists(out)
     written = out + ".partial" if is_plain else out
     try:
         file = open(written, "w", encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--out={_OUT.value}: cannot write {written}: {error.strerror}") from error
+        raise ConfigError(f"--out={path}: cannot write {written}: {error.strerror}") from error
     with file:
         yield file
     if is_plain:

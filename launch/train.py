@@ -12,7 +12,7 @@ from __future__ import annotations
 from absl import flags, logging
 from ml_collections import config_flags
 
-from launch import entry
+from launch import entry, membership
 from pgdist.errors import Preempted
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -20,27 +20,15 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, report.")
 _FORK = flags.DEFINE_bool("fork", False, "Go on in a workdir that a run of another config began.")
-_FAKE_DEVICES = flags.DEFINE_integer(
-    "fake_devices", None, "Simulate so many devices on the CPU.", lower_bound=1
-)
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of process 0, in a job of several processes."
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes in the job.", lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.", lower_bound=0)
 
 
 def main() -> None:
     """Reads the flags, joins the job, trains."""
     entry.require("config", "workdir")
-    if _FAKE_DEVICES.value is not None:
-        entry.simulate_devices(_FAKE_DEVICES.value)
+    membership.join_job()
     from pgdist import cluster
     from pgdist.finetune import finetune
 
-    cluster.join(
-        coordinator=_COORDINATOR.value, num_processes=_NUM_PROCESSES.value, process_id=_PROCESS_ID.value
-    )
     try:
         with cluster.StopRequest() as stop:
             done = finetune(

@@ -31,7 +31,7 @@ train=("$python" -m launch.train --config=configs/demo.py --workdir="$run" --fak
 
 step "${train[@]}" &
 training=$!
-wait_for_step 100
+wait_for_step 70
 printf '\n$ kill -TERM %d   # as a cluster does that wants its machine back\n' "$training" >&2
 kill -TERM "$training"
 code=0

@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image, ImageOps
@@ -71,6 +72,10 @@ def generate(
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
     )
+    if jax.process_count() > 1:
+        # An image that cannot be read must stop all processes, not only the one that decodes it.
+        for number, image in enumerate(images):
+            _read_image(image, size=model.config.image.image_size, number=number)
     rows = host_rows(batch_sharding(mesh), batch_size)
     batches = _prompt_batches(
         images, texts, image_size=model.config.image.image_size, batch_size=batch_size, rows=rows

@@ -57,21 +57,21 @@ def free_port() -> int:
 class Pair:
     """Two processes of one job; leaving the `with` ends what is left of them."""
 
-    def __init__(self, config: Path, workdir: Path, *flags: str) -> None:
+    def __init__(self, module: str, *flags: str, log: Path) -> None:
         # Each process compiles for itself, as a user's would.
         chosen_by_tests = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
         environment = {name: value for name, value in os.environ.items() if name not in chosen_by_tests}
         environment["PYTHONPATH"] = str(ROOT)
         address = f"127.0.0.1:{free_port()}"
-        self.logs = [workdir.with_name(f"{workdir.name}_{number}.log") for number in range(2)]
+        self.logs = [log.with_name(f"{log.name}_{number}.log") for number in range(2)]
         self.processes = []
         for number, log in enumerate(self.logs):
-            command = [sys.executable, "-m", "launch.train", f"--config={config}", f"--workdir={workdir}"]
+            command = [sys.executable, "-m", module, *flags, "--fake_devices=4"]
             command += [f"--coordinator={address}", "--num_processes=2", f"--process_id={number}"]
             with log.open("w") as output:
                 self.processes.append(
                     subprocess.Popen(
-                        [*command, "--fake_devices=4", *flags],
+                        command,
                         env=environment,
                         cwd=ROOT,
                         stdin=subprocess.DEVNULL,
@@ -109,6 +109,10 @@ class Pair:
             time.sleep(0.02)
 
 
+def training(config: Path, workdir: Path, *flags: str) -> Pair:
+    return Pair("launch.train", f"--config={config}", f"--workdir={workdir}", *flags, log=workdir)
+
+
 def exported(workdir: Path) -> dict[str, np.ndarray]:
     with np.load(workdir / "model.npz") as file:
         return {name: file[name] for name in file.files}
@@ -118,7 +122,7 @@ def exported(workdir: Path) -> dict[str, np.ndarray]:
 def undisturbed(config_file, tmp_path_factory) -> Iterator[Path]:
     """The workdir of a run of two processes from beginning to end."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "work"
-    with Pair(config_file, workdir) as pair:
+    with training(config_file, workdir) as pair:
         assert pair.wait() == [0, 0], pair.tails()
     return workdir
 
@@ -135,7 +139,7 @@ def test_sigterm_to_one_stops_both_and_the_next_start_ends_bitwise_like_an_undis
 ):
     workdir = tmp_path / "interrupted"
     # A checkpoint at each step makes steps slow enough to be interrupted between.
-    with Pair(config_file, workdir, "--config.checkpoint.every=1") as pair:
+    with training(config_file, workdir, "--config.checkpoint.every=1") as pair:
         pair.wait_for_step(workdir / "metrics.jsonl", 2)
         pair.processes[1].send_signal(signal.SIGTERM)
         assert pair.wait() == [42, 42], pair.tails()
@@ -144,7 +148,7 @@ def test_sigterm_to_one_stops_both_and_the_next_start_ends_bitwise_like_an_undis
     assert max(int(path.name) for path in (workdir / "checkpoints").iterdir()) == reached
     assert not (workdir / "model.npz").exists()
 
-    with Pair(config_file, workdir) as pair:
+    with training(config_file, workdir) as pair:
         assert pair.wait() == [0, 0], pair.tails()
 
     assert f"Resumed from the checkpoint of step {reached}" in pair.logs[0].read_text()
@@ -154,15 +158,31 @@ def test_sigterm_to_one_stops_both_and_the_next_start_ends_bitwise_like_an_undis
     assert_same_bits(exported(workdir), exported(undisturbed))
 
 
+def test_two_processes_answer_what_one_answers_and_one_of_them_writes(undisturbed, inputs, tmp_path):
+    flags = [f"--workdir={undisturbed}", f"--data={inputs.train}", "--batch_size=8"]
+    with Pair("launch.predict", *flags, f"--out={tmp_path / 'two.jsonl'}", log=tmp_path / "predict") as pair:
+        assert pair.wait() == [0, 0], pair.tails()
+
+    evaluated = [*flags, f"--out={tmp_path / 'one.jsonl'}", "--fake_devices=8"]
+    subprocess.run(
+        [sys.executable, "-m", "launch.predict", *evaluated], cwd=ROOT, check=True, timeout=SECONDS
+    )
+
+    answers = read_jsonl(tmp_path / "one.jsonl")
+    assert [row["index"] for row in answers] == list(range(len(answers)))
+    assert read_jsonl(tmp_path / "two.jsonl") == answers
+    assert len(answers) == len(read_jsonl(inputs.train))
+
+
 def test_a_workdir_of_another_config_ends_both_with_code_2(undisturbed, config_file):
-    with Pair(config_file, undisturbed, "--config.seed=1") as pair:
+    with training(config_file, undisturbed, "--config.seed=1") as pair:
         assert pair.wait(seconds=60) == [2, 2], pair.tails()
 
     assert "config.seed: 0 -> 1" in pair.logs[0].read_text()
 
 
 def test_a_mistake_in_the_config_ends_both_at_once_with_code_2(config_file, tmp_path):
-    with Pair(config_file, tmp_path / "wrong", "--config.batch_size=12") as pair:
+    with training(config_file, tmp_path / "wrong", "--config.batch_size=12") as pair:
         # Far less than the minutes that JAX waits for a peer that has gone.
         assert pair.wait(seconds=60) == [2, 2], pair.tails()
 
