@@ -1,8 +1,10 @@
 """The tutorial's scenario on the model that the repository carries: attention only, SGD, a task the model
 does not know.
 
-python tools/make_demo_data.py --task=relations --out=runs/demo_data --train=2048 --validation=96
-python -m launch.train --config=configs/demo.py --workdir=runs/demo
+    python tools/make_demo_data.py --task=relations --out=runs/demo_data --train=2048 --validation=96
+    python -m launch.train --config=configs/demo.py --workdir=runs/demo
+
+tools/run_demo.sh does this and more.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,9 @@
 """Trains assets/tiny.npz from scratch on drawn scenes: captions, counts, boxes.
 
-python tools/make_demo_data.py --task=pretrain --out=runs/pretrain_data --train=80000 --validation=300
-python -m launch.train --config=configs/tiny_pretrain.py --workdir=runs/tiny_pretrain
+    python tools/make_demo_data.py --task=pretrain --out=runs/pretrain_data --train=80000 --validation=300
+    python -m launch.train --config=configs/tiny_pretrain.py --workdir=runs/tiny_pretrain --fake_devices=1
+
+docs/tiny_model.md has its time and scores.
 """
 
 from ml_collections import ConfigDict

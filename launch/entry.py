@@ -22,7 +22,7 @@ from typing import IO, NoReturn
 from absl import app, flags, logging
 
 from launch import command_line, help_text
-from pgdist.errors import ConfigError, PeerLostError, UserError
+from pgdist.errors import ConfigError, PeerLostError, Preempted, UserError
 
 BUG = 1
 
@@ -94,7 +94,8 @@ def _exit_code(call: Callable[[], None]) -> int:
         print(end.code, file=sys.stderr)  # as Python does for sys.exit("message")
         return BUG
     except UserError as error:
-        print(f"pgdist: error: {error}", file=sys.stderr)
+        kind = "" if isinstance(error, Preempted) else "error: "
+        print(f"pgdist: {kind}{error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("pgdist: interrupted", file=sys.stderr)

@@ -50,7 +50,9 @@ def _flag(flag: flags.Flag) -> str:
     if flag.short_name:
         left = f"-{flag.short_name}, {left}"
     default = "" if flag.default in (None, "", False, []) else f" (default: {flag.default})"
-    return _row(left, flag.help.removeprefix(f"<{choices}>: ") + default, column=26)
+    # absl appends advice on repeating a flag, which here may take several values at once.
+    text = flag.help.removeprefix(f"<{choices}>: ").split(";\n    repeat this option")[0]
+    return _row(left, text + default, column=26)
 
 
 def _config_fields(flag_name: str, argv: Sequence[str]) -> str:

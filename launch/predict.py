@@ -42,7 +42,9 @@ _DATA = flags.DEFINE_string(
     "data", None, "JSONL with `image` and `prefix`, and `suffix` where there is a truth."
 )
 _IMAGES = flags.DEFINE_multi_string("images", [], "Image files; more may follow: --images a.jpg b.png.")
-_PROMPT = flags.DEFINE_string("prompt", None, "The prompt for all --images, such as 'caption en'.")
+_PROMPT = flags.DEFINE_string(
+    "prompt", None, "The prompt for all images, such as 'caption en'; with --data, instead of `prefix`."
+)
 _OUT = flags.DEFINE_string("out", None, "JSONL to write: image, prefix, suffix, prediction, score.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", None, "Longest answer; the config's by default.", lower_bound=1
@@ -58,7 +60,7 @@ def main(*more_images: str) -> None:
     """Reads the flags, loads the model, answers."""
     images = [*_IMAGES.value, *more_images]
     _check_flags(images)
-    membership.join_job()
+    stdout = membership.join_job()
     from pgdist import cluster
     from pgdist.config import check_values
     from pgdist.inference import load_model, read_run_config
@@ -72,7 +74,8 @@ def main(*more_images: str) -> None:
     # Before the weights, which may take minutes to load.
     source = _open_data(config) if _DATA.value else None
     loaded = load_model(config, weights)
-    _write(_answer_data(config, loaded, source) if source else _answer_images(config, loaded, images))
+    answers = _answer_data(config, loaded, source) if source else _answer_images(config, loaded, images)
+    _write(answers, stdout)
     cluster.leave()
 
 
@@ -88,8 +91,6 @@ def _check_flags(images: Sequence[str]) -> None:
         )
     if images and _PROMPT.value is None:
         raise ConfigError("--images needs --prompt, such as --prompt='caption en'")
-    if _PROMPT.value is not None and not images:
-        raise ConfigError("--prompt goes with --images; the records of --data have their own `prefix`")
     if missing := [image for image in images if not os.path.exists(image)]:
         raise DataError(f"--images: no such file: {', '.join(missing)}")
 
@@ -150,8 +151,8 @@ def _answer_images(config: ConfigDict, loaded: LoadedModel, images: Sequence[str
 def _open_data(config: ConfigDict) -> JsonlSource:
     from pgdist.data.jsonl import JsonlSource
 
-    data = config.data
-    return JsonlSource(_DATA.value, prefix=data.prefix, lowercase=data.lowercase, require_suffix=False)
+    lowercase = config.data.lowercase
+    return JsonlSource(_DATA.value, prefix=_PROMPT.value, lowercase=lowercase, require_suffix=False)
 
 
 def _answer_data(config: ConfigDict, loaded: LoadedModel, source: JsonlSource) -> Iterator[Prediction]:
@@ -172,7 +173,7 @@ def _answer_data(config: ConfigDict, loaded: LoadedModel, source: JsonlSource) -
     return evaluator.predict(loaded.params, {})
 
 
-def _write(answers: Iterator[Prediction]) -> None:
+def _write(answers: Iterator[Prediction], stdout: IO[str]) -> None:
     """Prints and writes the answers as they come; DataError at the end for inputs that could not be read.
 
     Process 0 alone writes; the others go through the same answers, and end with the same code.
@@ -186,7 +187,7 @@ def _write(answers: Iterator[Prediction]) -> None:
             if answer.error is not None:
                 errors.append(answer.error)
             if cluster.is_primary():
-                print(answer.prediction.replace("\n", "\\n"), flush=True)
+                print(answer.prediction.replace("\n", "\\n"), file=stdout, flush=True)
             out.write(json.dumps(_row(answer), ensure_ascii=False) + "\n")
             out.flush()
     if errors:
@@ -215,7 +216,7 @@ def _open_out(path: str | None) -> Iterator[IO[str]]:
     is_plain = os.path.isfile(out) or not os.path.exists(out)
     written = out + ".partial" if is_plain else out
     try:
-        file = open(written, "w", encoding="utf-8")
+        file = open(written, "w", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise ConfigError(f"--out={path}: cannot write {written}: {error.strerror}") from error
     with file:

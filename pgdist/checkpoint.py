@@ -34,6 +34,7 @@ class Checkpoints:
         restore.
         """
         self._directory = directory.absolute()
+        self._aside = self._directory.parent / "checkpoints_damaged"
         self._keep = keep
         self._belongs_to = dict(belongs_to)
         self._checkpointer = self._open()
@@ -50,6 +51,20 @@ class Checkpoints:
         """The steps that have a finished checkpoint, ascending."""
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
+    def latest(self) -> int | None:
+        """The newest step that has a finished checkpoint, None without any; all processes must call this.
+
+        Raises WeightsError when they do not see the same one.
+        """
+        step = max(self.steps(), default=-1)
+        if not cluster.all_equal(step):
+            raise WeightsError(
+                f"The processes of this job see different checkpoints in {self._directory} (this one: "
+                f"{step}): --workdir must lie on "
+                "a filesystem that all of them share."
+            )
+        return None if step < 0 else step
+
     def save(self, step: int, state: PyTree) -> None:
         """Starts to write the state after `step` updates; waits only for an earlier save that is still being
         written.
@@ -60,13 +75,14 @@ class Checkpoints:
         self._checkpointer.save_async(step, state, custom_metadata=metadata)
 
     def restore(self, abstract_state: PyTree) -> PyTree | None:
-        """The newest state that can be read, None without any.
+        """The newest state that can be read, None without any checkpoint.
 
-        abstract_state: jax.ShapeDtypeStruct leaves with shardings; every array lands on its own.
-        Raises WeightsError when a checkpoint belongs to other base weights, or holds other arrays.
+        abstract_state: jax.ShapeDtypeStruct leaves with shardings; every array lands on its own. Raises
+        WeightsError when a checkpoint belongs to other base weights or holds other arrays, when none of them
+        can be read, and when processes see different ones.
         """
-        while self.steps():
-            step = self.steps()[-1]
+        latest = self.latest()
+        while (step := self.latest()) is not None:
             state = self._try_load(step, abstract_state)
             if cluster.all_agree(state is not None):
                 if checksums(state) == self._checkpointer.metadata(step).custom_metadata.get(_CHECKSUMS):
@@ -74,6 +90,12 @@ class Checkpoints:
                     return state
                 logging.error("The checkpoint of step %d cannot be read: numbers in it have changed.", step)
             self._set_aside(step)
+        if latest is not None:
+            raise WeightsError(
+                f"None of the checkpoints in {self._directory} can be read; they were moved to "
+                f"{self._aside}. Start again to train "
+                "from the beginning, or use a new --workdir."
+            )
         return None
 
     def wait(self) -> None:
@@ -89,15 +111,16 @@ class Checkpoints:
         """The state, or None if this process cannot read it: others may, so none of them waits for another
         here.
         """
-        process = jax.process_index()
-        alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+        context = ocp.Context()
+        context.multiprocessing.primary_host = jax.process_index()
+        context.multiprocessing.active_processes = {jax.process_index()}
         try:
             metadata = self._checkpointer.metadata(step)
             self._check_belongs(step, metadata, abstract_state)
-            with ocp.Context(multiprocessing_options=alone):
+            with context:
                 return ocp.load(self._directory / str(step), abstract_state)
-        except WeightsError:
-            raise
+        except (WeightsError, MemoryError, jax.errors.JaxRuntimeError):
+            raise  # no damage: the checkpoint is another run's, or this machine is too small
         except Exception as error:
             logging.error(
                 "The checkpoint of step %d cannot be read (%s: %s).", step, type(error).__name__, error
@@ -126,15 +149,14 @@ class Checkpoints:
             )
 
     def _set_aside(self, step: int) -> None:
-        aside = self._directory.parent / "checkpoints_damaged"
         self._checkpointer.close()
         if cluster.is_primary():
-            aside.mkdir(exist_ok=True)
-            target = aside / str(step)
+            self._aside.mkdir(exist_ok=True)
+            target = self._aside / str(step)
             if target.exists():
                 shutil.rmtree(target)
             os.replace(self._directory / str(step), target)
-            logging.error("Moved the damaged checkpoint of step %d to %s.", step, aside)
+            logging.error("Moved the damaged checkpoint of step %d to %s.", step, self._aside)
         cluster.barrier(f"set aside checkpoint {step}")
         self._checkpointer = self._open()
 

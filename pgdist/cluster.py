@@ -5,6 +5,7 @@ One process needs none of JAX's distributed service; several need `join` before 
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -12,7 +13,6 @@ from types import FrameType, TracebackType
 
 import jax
 from absl import logging
-from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from pgdist.errors import ConfigError, UserError
@@ -55,9 +55,11 @@ def leave() -> None:
 def meet(*, seconds: float) -> bool:
     """Whether all processes of the job come here within so many seconds of the first; once in a job."""
     try:
-        # The only barrier of JAX that gives up without ending the process.
-        distributed.global_state.client.wait_at_barrier("pgdist/meet", round(1000 * seconds))
-    except jax.errors.JaxRuntimeError:
+        # The only barrier of JAX that gives up without ending the process has no public name.
+        from jax._src.distributed import global_state
+
+        global_state.client.wait_at_barrier("pgdist/meet", round(1000 * seconds))
+    except (ImportError, AttributeError, jax.errors.JaxRuntimeError):
         return False
     return True
 
@@ -74,19 +76,34 @@ def all_agree(value: bool) -> bool:
     return bool(multihost_utils.process_allgather(value).all())
 
 
+def all_equal(value: int) -> bool:
+    """Whether the value is the same in every process; all must call it."""
+    return jax.process_count() == 1 or len(set(multihost_utils.process_allgather(value).tolist())) == 1
+
+
 def on_primary(action: Callable[[], None]) -> None:
     """Calls `action` in process 0 alone; all must call this, and go on when it is done.
 
-    A UserError of it is raised there and a ConfigError in the others: all end knowing that it was a mistake.
+    An error of it is raised there and one of the same exit code in the others: all end, and alike.
     """
+    together(action if is_primary() else lambda: None)
+
+
+def together(action: Callable[[], None]) -> None:
+    """Calls `action`; where it fails in one process all fail, with one exit code. All must call this."""
     error = None
-    if is_primary():
-        try:
-            action()
-        except UserError as found:
-            error = found
-    if not all_agree(error is None):
-        raise error or ConfigError("Process 0 refuses to go on; its log says why.")
+    try:
+        action()
+    except Exception as found:
+        error = found
+    code = 0 if error is None else getattr(error, "exit_code", 1)
+    codes = [code] if jax.process_count() == 1 else multihost_utils.process_allgather(code).tolist()
+    if error is not None:
+        raise error
+    if any(codes):
+        found = UserError("Another process of this job cannot go on; its log says why.")
+        found.exit_code = max(codes)
+        raise found
 
 
 def barrier(name: str) -> None:
@@ -107,7 +124,13 @@ class StopRequest:
         self._old_handlers: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
-        if not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        if jax.distributed.is_initialized():
+            # JAX listens to SIGTERM alone.
+            forward = lambda number, frame: os.kill(os.getpid(), signal.SIGTERM)
+            self._old_handlers[signal.SIGINT] = signal.signal(signal.SIGINT, forward)
+        else:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._old_handlers[number] = signal.signal(number, self._receive)
         return self
@@ -127,5 +150,7 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         del frame
         self._signal = signal.Signals(number)
+        # Not through a stream: the signal may have come in the middle of a write to it.
+        os.write(2, b"\npgdist: stopping after this step, state saved; a second signal ends at once\n")
         # A second signal must end a job that cannot reach its next step.
         signal.signal(number, signal.SIG_DFL)

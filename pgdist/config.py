@@ -83,7 +83,10 @@ def default_config() -> ConfigDict:
     c.schedule.name = "cosine"
     c.schedule.warmup = 0.1  # share of the steps
     c.schedule.cooldown = 0.0  # share of the steps
-    c.schedule.end = 0.0  # of "linear", as a share of the base rate
+    c.schedule.end = 0.0  # of "linear" and "polynomial", as a share of the base rate
+    c.schedule.power = 2.0  # of "polynomial"
+    c.schedule.shift = 0.0  # steps, of "rsqrt"
+    c.schedule.timescale = 10_000.0  # steps, of "rsqrt"
 
     c.loss = ConfigDict()
     c.loss.label_smoothing = 0.0
@@ -93,7 +96,7 @@ def default_config() -> ConfigDict:
     c.mesh.fsdp = -1  # devices that split parameters among them; -1: all that are left
 
     c.eval = ConfigDict()
-    c.eval.every = 16  # steps; 0: only at the end
+    c.eval.every = 16  # steps; 0: only before the first step and after the last
     c.eval.examples = 4  # the first of the validation data, decoded at each evaluation
     c.eval.final_examples = 0  # decoded before the first step and after the last; 0: all
     c.eval.max_new_tokens = 64
@@ -139,9 +142,13 @@ def check_values(config: ConfigDict) -> None:
         "optimizer.clip_norm",
         "optimizer.weight_decay",
         "model.final_logits_softcap",
+        "schedule.power",
+        "schedule.shift",
     ):
         _check(config, field, lambda v: 0 <= v < float("inf"), "a finite number, 0 or more")
-    for field in ("schedule.warmup", "schedule.cooldown", "data.max_bad_share"):
+    for field in ("optimizer.eps", "schedule.timescale"):
+        _check(config, field, lambda v: 0 < v < float("inf"), "a finite number above 0")
+    for field in ("schedule.warmup", "schedule.cooldown", "schedule.end", "data.max_bad_share"):
         _check(config, field, lambda v: 0 <= v <= 1, "a share from 0 to 1")
     for field in ("loss.label_smoothing", "optimizer.b1", "optimizer.b2", "optimizer.momentum"):
         _check(config, field, lambda v: 0 <= v < 1, "at least 0 and below 1")

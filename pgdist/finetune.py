@@ -16,7 +16,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from pgdist import weights
+from pgdist import cluster, weights
 from pgdist.checkpoint import Checkpoints
 from pgdist.config import validate_config
 from pgdist.data.bad_records import BadRecordLog, BadShare
@@ -68,14 +68,14 @@ def finetune(
     job.workdir.make()
     checkpoints = job.open_checkpoints()
     with contextlib.closing(checkpoints):
-        if checkpoints.steps():
+        if checkpoints.latest() is not None:
             abstract = jax.tree.map(_abstract, state)
             del state  # the one to be restored needs its memory
-            state = checkpoints.restore(abstract) or job.load_weights()[1]
+            state = checkpoints.restore(abstract)
         if state.step > config.steps:
             raise ConfigError(
                 f"config.steps={config.steps}, but --workdir={workdir} holds step {state.step} already. "
-                "Train for more steps, or use a new --workdir."
+                "Train for more steps with --fork, or use a new --workdir."
             )
         # Only now, when nothing wrong with weights or checkpoints can stop the run, is it one of this config.
         job.workdir.record(config)
@@ -101,6 +101,7 @@ def _train(
             found.update(job.evaluate(step, state, frozen))
             return dict(found)
 
+        job.forget_predictions(after=first)
         if first < config.steps:
             job.write_examples()
         if first == config.steps:
@@ -133,7 +134,7 @@ def _train(
         state = loop.run(state)
     params = merge(state.trainable, frozen)
     if config.export:
-        weights.save(job.workdir.model, flatten(params))
+        cluster.together(lambda: weights.save(job.workdir.model, flatten(params)))
     job.write_report()
     return Finetuned(model=job.model, params=params, tokenizer=job.tokenizer, metrics=found)
 

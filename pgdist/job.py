@@ -20,6 +20,7 @@ from pgdist.data.jsonl import JsonlSource, fingerprint
 from pgdist.data.loader import HostBatches, train_batches
 from pgdist.data.tokenizer import Tokenizer
 from pgdist.environment import describe_environment
+from pgdist.errors import DataError
 from pgdist.evaluate import metrics
 from pgdist.evaluate.runner import Evaluator, Prediction, mean_score
 from pgdist.mesh import batch_sharding, host_rows, make_mesh, parameter_shardings
@@ -161,9 +162,9 @@ class Job:
         limit = (config.final_examples or None) if at_an_end else config.examples
         losses = self.evaluator.validation_loss(state.trainable, frozen)
         found = {f"validation/{name}": value for name, value in losses.items()}
-        predictions = [
-            p for p in self.evaluator.predict(state.trainable, frozen, limit=limit) if p.error is None
-        ]
+        answers = list(self.evaluator.predict(state.trainable, frozen, limit=limit))
+        predictions = [answer for answer in answers if answer.error is None]
+        self._judge_errors([answer.error for answer in answers if answer.error is not None], of=len(answers))
         if at_an_end:
             found[f"validation/{config.metric}"] = mean_score(predictions)
         if cluster.is_primary():
@@ -172,6 +173,24 @@ class Job:
             )
             self.write_report()
         return found
+
+    def _judge_errors(self, errors: Sequence[str], *, of: int) -> None:
+        """Warns of validation examples that have no answer; DataError where they are too many."""
+        for error in errors:
+            logging.warning("Not evaluated: %s", error)
+        if len(errors) > self.config.data.max_bad_share * of:
+            raise DataError(
+                f"{len(errors)} of {of} validation examples cannot be evaluated, more than the share of "
+                f"{self.config.data.max_bad_share:g} allowed by config.data.max_bad_share; the first: "
+                f"{errors[0]}"
+            )
+
+    def forget_predictions(self, *, after: int) -> None:
+        """Removes what an earlier attempt predicted at steps that are still to come."""
+        if cluster.is_primary():
+            for path in self.workdir.path.glob("predictions/step_*.jsonl"):
+                if path > self.workdir.predictions(after):
+                    path.unlink()
 
     def log_descriptions(self) -> None:
         """The table of parameters and what the data is, for people to read."""
@@ -194,9 +213,12 @@ class Job:
         write_jsonl(self.workdir.examples, describe_examples(batch, self.tokenizer, limit=_SHOWN_EXAMPLES))
 
     def write_report(self) -> None:
-        """report.html, by process 0."""
+        """report.html, by process 0; a full disk costs the report, not the run."""
         if cluster.is_primary():
-            write_report(self.workdir.path)
+            try:
+                write_report(self.workdir.path)
+            except OSError as error:
+                logging.warning("The report could not be written: %s", error)
 
     def _open_source(self, path: str) -> JsonlSource:
         """Opens the data and reads all its text once, so that bad files stop the run before it starts."""

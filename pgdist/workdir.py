@@ -134,7 +134,7 @@ class Workdir:
 def write_json(path: Path, value: Any) -> None:
     """Replaces the file as a whole."""
     replacement = path.with_suffix(".tmp")
-    replacement.write_text(json.dumps(value, indent=2) + "\n")
+    replacement.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(replacement, path)
 
 
@@ -142,7 +142,9 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Replaces the file as a whole, one line a row."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replacement = path.with_suffix(".tmp")
-    replacement.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    # Half a surrogate pair, which JSON can spell and UTF-8 cannot, is written as JSON's own escape.
+    replacement.write_text(lines, encoding="utf-8", errors="backslashreplace")
     os.replace(replacement, path)
 
 

@@ -209,11 +209,18 @@ def test_a_damaged_newest_is_reported_and_set_aside_and_the_one_before_used(
     assert_same_state(checkpoints.restore(abstract(found)), random_state(80, mesh=mesh))
 
 
-def test_when_all_are_damaged_the_run_starts_anew_and_says_so(directory, open_checkpoints, mesh, caplog):
+def test_when_all_are_damaged_it_says_so_and_only_the_next_start_is_a_new_one(
+    directory, open_checkpoints, mesh, caplog
+):
     for step in ("4", "8"):
         truncate(largest_file(directory / step, DATA))
 
     checkpoints = open_checkpoints()
+
+    with pytest.raises(
+        WeightsError, match="None of the checkpoints .* Start again to train from the beginning"
+    ):
+        checkpoints.restore(abstract(random_state(0, mesh=mesh)))
 
     assert checkpoints.restore(abstract(random_state(0, mesh=mesh))) is None
     assert checkpoints.steps() == []

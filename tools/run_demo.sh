@@ -29,7 +29,8 @@ step "$python" tools/make_demo_data.py --task=relations --out=runs/demo_data --t
 rm -rf "$run"
 train=("$python" -m launch.train --config=configs/demo.py --workdir="$run" --fake_devices=2)
 
-step "${train[@]}" &
+printf '\n$ %s\n' "${train[*]}" >&2
+"${train[@]}" &
 training=$!
 wait_for_step 70
 printf '\n$ kill -TERM %d   # as a cluster does that wants its machine back\n' "$training" >&2

@@ -193,6 +193,10 @@ class _Reader:
             suffix=None if self.prompt_only else record.suffix,
             length=self.text_length,
         )
+        if self.prompt_only and text.truncated:
+            # Cut, a prompt would lose its end and separator, and its answer all meaning.
+            reason = f"the prompt is longer than {self.text_length} tokens (data.text_length)"
+            return self.masked(index, BadRecord(file=record.file, line=record.line, reason=reason))
         return _Row(image=image, text=text, record=record, index=index)
 
     def masked(self, index: int, record: BadRecord | None) -> _Row:

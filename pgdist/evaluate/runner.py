@@ -6,6 +6,7 @@ Every process decodes its share and gets all answers, so that all come to the sa
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -70,8 +71,10 @@ class Evaluator:
                 found = self.validation_step(trainable, frozen, placed)
                 sums = found if sums is None else jax.tree.map(lambda a, b: a + b, sums, found)
         total = jax.tree.map(float, sums)
+        if not total.examples:  # every record is bad
+            return {"loss": math.nan, "token_accuracy": math.nan}
         return {
-            "loss": total.loss / max(1.0, total.examples),
+            "loss": total.loss / total.examples,
             "token_accuracy": total.correct_tokens / max(1.0, total.tokens),
         }
 

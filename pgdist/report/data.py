@@ -120,7 +120,7 @@ def load_run(workdir: Path) -> Run:
         config=_read_object(workdir / "config.json", notes=notes),
         environment=_read_object(workdir / "env.json", notes=notes),
         metrics=_read_metrics(workdir / "metrics.jsonl", notes=notes),
-        bad_records=_read_bad_records(workdir / "bad_records.jsonl", notes=notes),
+        bad_records=_read_bad_records(workdir, notes=notes),
         parameters=_read_parameters(workdir / "parameters.json", notes=notes),
         examples=tuple(map(_example, _read_rows(workdir / "examples.jsonl", notes=notes))),
         evaluations=_read_evaluations(workdir / "predictions", notes=notes),
@@ -155,9 +155,10 @@ def _read_metrics(path: Path, *, notes: dict[str, str]) -> Metrics:
     )
 
 
-def _read_bad_records(path: Path, *, notes: dict[str, str]) -> tuple[dict[str, Any], ...]:
-    # Alone among the files, this one is good news when it is missing.
-    return tuple(_read_rows(path, notes=notes)) if path.exists() else ()
+def _read_bad_records(workdir: Path, *, notes: dict[str, str]) -> tuple[dict[str, Any], ...]:
+    # Each process that met some has a file. Alone among the files, these are good news when they are missing.
+    paths = sorted(workdir.glob("bad_records*.jsonl"))
+    return tuple(row for path in paths for row in _read_rows(path, notes=notes))
 
 
 def _read_parameters(path: Path, *, notes: dict[str, str]) -> tuple[Parameter, ...]:

@@ -92,7 +92,7 @@ class Loop:
     def _next_batch(self, log: _StepLog) -> dict[str, jax.Array]:
         started = time.perf_counter()
         batch = next(self.batches)
-        log.data_wait_seconds = time.perf_counter() - started
+        log.data_wait_seconds += time.perf_counter() - started
         for record in self.bad_records.add(batch.bad):
             logging.warning("Bad record, its row is masked: %s", record)
         arrays = {name: array for name, array in batch.arrays.items() if name != "index"}
@@ -111,7 +111,7 @@ class _StepLog:
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
-        self._pending: tuple[int, dict[str, jax.Array], float] | None = None
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._bad_steps = 0
         self._last_read = time.perf_counter()
         self.data_wait_seconds = 0.0
@@ -119,7 +119,7 @@ class _StepLog:
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Queues the metrics of a step that was just dispatched and reads those of the one before."""
         self.flush()
-        self._pending = step, metrics, self.data_wait_seconds
+        self._pending = step, metrics
 
     def exclude(self, seconds: float) -> None:
         """Takes time that was no training out of the next step's duration."""
@@ -129,16 +129,15 @@ class _StepLog:
         """Reads what is pending, which waits for that step; writes it and judges it."""
         if self._pending is None:
             return
-        step, metrics, data_wait = self._pending
+        step, metrics = self._pending
         self._pending = None
         found = {name: float(np.asarray(value)) for name, value in metrics.items()}
         now = time.perf_counter()
         seconds, self._last_read = now - self._last_read, now
-        # The parts of a step's time do not overlap: waiting for data is told apart from stepping.
-        times = {
-            "time/step_seconds": max(0.0, seconds - data_wait),
-            "time/data_wait_seconds": data_wait,
-        }
+        # The parts of the time since the last step do not overlap: waiting for data is told apart from
+        # stepping.
+        waited, self.data_wait_seconds = self.data_wait_seconds, 0.0
+        times = {"time/step_seconds": seconds - waited, "time/data_wait_seconds": waited}
         self._loop.writer.write(step + 1, self._describe(found, seconds) | times)
         self._judge(step, found)
 

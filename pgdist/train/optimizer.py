@@ -18,8 +18,7 @@ from ml_collections import ConfigDict
 from pgdist.errors import ConfigError
 from pgdist.parameters import map_named, matching
 
-_RSQRT_TIMESCALE = 10_000
-SCHEDULES = ("constant", "cosine", "linear", "rsqrt")
+SCHEDULES = ("constant", "cosine", "linear", "polynomial", "rsqrt")
 OPTIMIZERS = ("sgd", "momentum", "adamw")
 
 
@@ -31,21 +30,24 @@ def relative_rate(
     warmup_steps: int = 0,
     cooldown_steps: int = 0,
     end: float = 0.0,
+    power: float = 1.0,
+    shift: float = 0.0,
+    timescale: float = 10_000.0,
 ) -> jax.Array:
     """The learning rate at a 0-based step s of T, as a share of the base rate, float32[].
 
-    With W warm-up and C cool-down steps and p = clip((s-W)/(T-W), 0, 1): cosine (1+cos(pi p))/2; linear end
-    + (1-end)(1-p); rsqrt 1/sqrt(1+(s-W)/10,000) from W on; then * min(1, s/W) * min(1, (T-s)/C). (The
-    published implementation's.)
+    With W warm-up and C cool-down steps and p = clip((s-W)/(T-W), 0, 1): cosine (1+cos(pi p))/2; polynomial
+    end + (1-end)(1-p)^power; linear the same with power 1; rsqrt 1/sqrt(1+(s+shift-W)/timescale) from W on,
+    1/sqrt(1+shift/timescale) before; then * min(1, s/W) * min(1, (T-s)/C). (The published implementation's.)
     """
     s = jnp.asarray(step, jnp.float32)
     progress = jnp.clip((s - warmup_steps) / max(1, total_steps - warmup_steps), 0.0, 1.0)
     if name == "cosine":
         rate = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-    elif name == "linear":
-        rate = end + (1.0 - end) * (1.0 - progress)
+    elif name in ("linear", "polynomial"):
+        rate = end + (1.0 - end) * (1.0 - progress) ** (power if name == "polynomial" else 1.0)
     elif name == "rsqrt":
-        rate = jax.lax.rsqrt(1.0 + jnp.maximum(0.0, s - warmup_steps) / _RSQRT_TIMESCALE)
+        rate = jax.lax.rsqrt(1.0 + (jnp.maximum(0.0, s - warmup_steps) + shift) / timescale)
     elif name == "constant":
         rate = jnp.ones(())
     else:
@@ -77,6 +79,9 @@ def make_schedule(config: ConfigDict) -> Callable[[ArrayLike], jax.Array]:
         warmup_steps=warmup,
         cooldown_steps=cooldown,
         end=schedule.end,
+        power=schedule.power,
+        shift=schedule.shift,
+        timescale=schedule.timescale,
     )
 
 

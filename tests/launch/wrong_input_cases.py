@@ -369,9 +369,6 @@ PREDICT = {
     "no images": Case("predict --workdir=run --prompt=x", 2, r"give what to answer: .*--images a.jpg b.png"),
     "no prompt": Case("predict --workdir=run --images 0.png", 2, r"--images needs --prompt, such as"),
     "data and images": Case(ASK_DATA + " --prompt=x --images 0.png", 2, r"give what to answer: .*not both"),
-    "data and prompt": Case(
-        ASK_DATA + " --prompt=x", 2, r"--prompt goes with --images; the records of --data have"
-    ),
     "empty batch": Case(
         ASK + " --batch_size=0 --images 0.png", 2, r"--batch_size=0: 0 is not a positive integer"
     ),

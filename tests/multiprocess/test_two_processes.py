@@ -6,6 +6,7 @@ Every run is real: `python -m launch.train`, joined over TCP on this machine.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launch.command_line import load_config
 from pgdist.finetune import finetune
 from tests.tiny_runs import (
     ROOT,
@@ -44,7 +46,8 @@ def inputs(tmp_path_factory) -> Inputs:
 
 @pytest.fixture(scope="module")
 def config_file(inputs, tmp_path_factory) -> Path:
-    config = tiny_config(inputs, **{"mesh.data": 2, "export": True})
+    evaluated = {"data.validation": str(inputs.validation), "eval.every": 8}
+    config = tiny_config(inputs, **evaluated, **{"mesh.data": 2, "export": True})
     return write_config(tmp_path_factory.mktemp("config") / "config.py", config)
 
 
@@ -118,6 +121,11 @@ def exported(workdir: Path) -> dict[str, np.ndarray]:
         return {name: file[name] for name in file.files}
 
 
+def predictions(workdir: Path) -> dict[str, list[str]]:
+    paths = sorted((workdir / "predictions").iterdir())
+    return {path.name: [row["prediction"] for row in read_jsonl(path)] for path in paths}
+
+
 @pytest.fixture(scope="module")
 def undisturbed(config_file, tmp_path_factory) -> Iterator[Path]:
     """The workdir of a run of two processes from beginning to end."""
@@ -128,8 +136,10 @@ def undisturbed(config_file, tmp_path_factory) -> Iterator[Path]:
 
 
 def test_two_processes_train_what_one_process_with_their_devices_trains(undisturbed, inputs, tmp_path):
-    one = finetune(tiny_config(inputs, **{"mesh.data": 2}), workdir=tmp_path / "one")
+    evaluated = {"data.validation": str(inputs.validation), "eval.every": 8}
+    one = finetune(tiny_config(inputs, **evaluated, **{"mesh.data": 2}), workdir=tmp_path / "one")
 
+    assert predictions(undisturbed) == predictions(tmp_path / "one")
     assert losses(undisturbed) == pytest.approx(losses(tmp_path / "one"), rel=0, abs=1e-5)
     assert largest_difference(exported(undisturbed), host(one.params)) <= 1e-5
 
@@ -147,6 +157,7 @@ def test_sigterm_to_one_stops_both_and_the_next_start_ends_bitwise_like_an_undis
     assert 2 <= reached < STEPS
     assert max(int(path.name) for path in (workdir / "checkpoints").iterdir()) == reached
     assert not (workdir / "model.npz").exists()
+    shutil.copytree(workdir, tmp_path / "alone")
 
     with training(config_file, workdir) as pair:
         assert pair.wait() == [0, 0], pair.tails()
@@ -156,6 +167,10 @@ def test_sigterm_to_one_stops_both_and_the_next_start_ends_bitwise_like_an_undis
     steps = [row["step"] for row in read_jsonl(workdir / "metrics.jsonl") if "train/loss" in row]
     assert steps == list(range(1, STEPS + 1))
     assert_same_bits(exported(workdir), exported(undisturbed))
+
+    alone = finetune(load_config(str(config_file)), workdir=tmp_path / "alone")  # one process, eight devices
+    assert losses(tmp_path / "alone") == pytest.approx(losses(undisturbed), rel=0, abs=1e-5)
+    assert largest_difference(host(alone.params), exported(undisturbed)) <= 1e-5
 
 
 def test_two_processes_answer_what_one_answers_and_one_of_them_writes(undisturbed, inputs, tmp_path):

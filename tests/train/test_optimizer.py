@@ -23,6 +23,7 @@ def closed_form(s: int, *, name: str, W: int, C: int, T: int = TOTAL, end: float
         "constant": 1.0,
         "cosine": 0.5 * (1 + math.cos(math.pi * p)),
         "linear": end + (1 - end) * (1 - p),
+        "polynomial": end + (1 - end) * (1 - p) ** 3,
         "rsqrt": 1 / math.sqrt(1 + (s - W) / 10_000) if s >= W else 1.0,
     }[name]
     warmup = min(1.0, s / W) if W else 1.0
@@ -32,11 +33,21 @@ def closed_form(s: int, *, name: str, W: int, C: int, T: int = TOTAL, end: float
 
 @pytest.mark.parametrize(("W", "C"), [(0, 0), (8, 0), (0, 5), (8, 5)])
 @pytest.mark.parametrize(
-    ("name", "end"), [("constant", 0.0), ("cosine", 0.0), ("linear", 0.0), ("linear", 0.2), ("rsqrt", 0.0)]
+    ("name", "end"),
+    [
+        ("constant", 0.0),
+        ("cosine", 0.0),
+        ("linear", 0.0),
+        ("linear", 0.2),
+        ("polynomial", 0.1),
+        ("rsqrt", 0.0),
+    ],
 )
 def test_schedules_follow_their_closed_forms(name, end, W, C):
     steps = np.arange(TOTAL + 1)
-    found = relative_rate(steps, name=name, total_steps=TOTAL, warmup_steps=W, cooldown_steps=C, end=end)
+    found = relative_rate(
+        steps, name=name, total_steps=TOTAL, warmup_steps=W, cooldown_steps=C, end=end, power=3
+    )
     expected = [closed_form(int(s), name=name, W=W, C=C, end=end) for s in steps]
 
     np.testing.assert_allclose(found, expected, rtol=0, atol=3e-7)  # a few roundings of float32 below 1
@@ -46,6 +57,15 @@ def test_rsqrt_falls_with_the_published_timescale():
     found = relative_rate(np.array([100, 10_100, 30_100]), name="rsqrt", total_steps=10**6, warmup_steps=100)
 
     np.testing.assert_allclose(found, [1.0, 2**-0.5, 0.5], rtol=1e-6)
+
+
+def test_rsqrt_is_shifted_and_scaled_as_published_and_flat_before_the_warm_up_ends():
+    found = relative_rate(
+        np.array([0, 10, 50]), name="rsqrt", total_steps=100, warmup_steps=10, shift=20, timescale=40
+    )
+
+    # The warm-up's own factor is 0 at step 0.
+    np.testing.assert_allclose(found, [0.0, (1 + 20 / 40) ** -0.5, (1 + 60 / 40) ** -0.5], rtol=1e-6)
 
 
 def test_the_tutorials_64_steps_have_its_rates():
@@ -78,7 +98,7 @@ def test_an_unknown_schedule_or_optimizer_is_an_error():
     config.optimizer.name = "adam"
     with pytest.raises(ConfigError, match="one of sgd, momentum, adamw, found 'adam'"):
         make_optimizer(config, scales={}, decayed=set())
-    with pytest.raises(ConfigError, match="one of constant, cosine, linear, rsqrt, found 'cos'"):
+    with pytest.raises(ConfigError, match="one of constant, cosine, linear, polynomial, rsqrt, found 'cos'"):
         relative_rate(0, name="cos", total_steps=1)
 
 
