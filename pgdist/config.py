@@ -12,7 +12,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from pgdist.errors import ConfigError
 from pgdist.models.paligemma import PaliGemmaConfig
@@ -29,7 +29,6 @@ _TYPES = {
     float: ((float, int), "a number"),
     str: (str, "text"),
     tuple: ((tuple, list), "a tuple"),
-    type(None): ((str, type(None)), "text or None"),
 }
 
 
@@ -61,7 +60,7 @@ def default_config() -> ConfigDict:
     c.data = ConfigDict()
     c.data.train = ""  # JSONL with `image`, `prefix`, `suffix`; images are found beside it
     c.data.validation = ""  # likewise; "" for no evaluation
-    c.data.prefix = config_dict.placeholder(str)  # instead of each record's prefix
+    c.data.prefix = ""  # instead of the `prefix` of each record; "" leaves them theirs
     c.data.lowercase = False  # lower-case the suffixes
     c.data.text_length = 128  # tokens of prefix, suffix and their marks; longer texts are cut and counted
     c.data.max_scored_positions = 0  # suffix tokens scored in each example, 0: all

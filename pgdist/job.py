@@ -223,7 +223,7 @@ class Job:
     def _open_source(self, path: str) -> JsonlSource:
         """Opens the data and reads all its text once, so that bad files stop the run before it starts."""
         data = self.config.data
-        source = JsonlSource(path, prefix=data.prefix, lowercase=data.lowercase)
+        source = JsonlSource(path, prefix=data.prefix or None, lowercase=data.lowercase)
         refuse_bad_share(source.check(), num_examples=len(source), max_share=data.max_bad_share)
         return source
 

@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 from pgdist import weights
 from pgdist.config import model_config
 from pgdist.decode import generate
-from pgdist.errors import ConfigError, Preempted, WeightsError
+from pgdist.errors import ConfigError, DataError, Preempted, WeightsError
 from pgdist.finetune import Finetuned, finetune
 from pgdist.models.paligemma import parameter_shapes
 from pgdist.parameters import flatten, unflatten
@@ -277,3 +277,28 @@ def test_other_base_weights_under_the_same_name_are_refused(run, workdir, config
     finally:
         shutil.copy(other, inputs.weights)
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {str(EVERY), str(STEPS)}
+
+
+def test_validation_images_that_cannot_be_read_end_the_run_and_are_told(inputs, tmp_path, caplog):
+    broken = tmp_path / "validation.jsonl"  # its images lie in another folder
+    broken.write_text(inputs.validation.read_text())
+    config = tiny_config(inputs, **FIELDS | {"data.validation": str(broken)})
+
+    found = "4 of 4 validation examples cannot be evaluated.*line 1: image .*000000.png"
+    with pytest.raises(DataError, match=found):
+        finetune(config, workdir=tmp_path / "work")
+
+    assert sum("Not evaluated" in record.getMessage() for record in caplog.records) == 4
+
+
+def test_predictions_of_steps_that_come_again_are_removed(config, workdir):
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    stale = workdir / "predictions" / f"step_{STEPS:06d}.jsonl"
+    stale.write_text('{"prediction": "stale"}\n')
+    later = workdir / "predictions" / "step_000099.jsonl"  # of a run that was to be longer
+    later.touch()
+
+    finetune(config, workdir=workdir)
+
+    assert "stale" not in stale.read_text() and len(read_jsonl(stale)) == 4
+    assert not later.exists()

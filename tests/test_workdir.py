@@ -70,7 +70,7 @@ def test_another_config_is_refused_with_the_differences_and_nothing_changes(begu
     assert f"--workdir={begun}" in message and "--fork" in message
     differences = [line for line in message.splitlines() if line.startswith("  config.")]
     assert differences == [
-        "  config.data.prefix: None -> 'caption en'",
+        "  config.data.prefix: '' -> 'caption en'",
         "  config.optimizer.name: 'sgd' -> 'adamw'",
         "  config.steps: 64 -> 65",
         "  config.trainable: [['llm/layers/attn/.*', 1.0], ['.*', 0.0]] -> [['.*', 1.0]]",

@@ -84,6 +84,15 @@ def test_a_batch_holds_the_examples_of_the_order_as_the_model_reads_them(make_so
         assert batch.bad == () and not batch.arrays["truncated"].any()
 
 
+def test_a_prompt_that_does_not_fit_is_a_bad_record_and_not_cut(make_source, evaluate):
+    long = {"image": "0.png", "prefix": "red circle " * 40, "suffix": "s"}
+    [batch] = evaluate(make_source(4, bad={2: long}), batch_size=4, rows=range(4), prompt_only=True)
+    assert batch.arrays["weight"].tolist() == [1, 1, 0, 1]
+    assert [(record.line, record.reason) for record in batch.bad] == [
+        (3, f"the prompt is longer than {LENGTH} tokens (data.text_length)")
+    ]
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_split_over_hosts_from_any_step_gives_the_same_global_batches(make_source, train, data):
