@@ -68,7 +68,7 @@ def _end(process):
         ("raise errors.DataError('line 3')", 3, "pgdist: error: line 3"),
         ("raise errors.WeightsError('no file')", 3, "pgdist: error: no file"),
         ("raise errors.DivergedError('loss is nan')", 4, "pgdist: error: loss is nan"),
-        ("raise errors.Preempted('saved')", 42, "pgdist: error: saved"),
+        ("raise errors.Preempted('saved')", 42, "pgdist: saved"),
         ("raise errors.PeerLostError('host 3')", 43, "pgdist: error: host 3"),
         ("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", 130, "pgdist: interrupted"),
         ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)", -15, ""),
