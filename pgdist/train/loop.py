@@ -113,6 +113,7 @@ class _StepLog:
         self._loop = loop
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._bad_steps = 0
+        self._told_of_truncation = False
         self._last_read = time.perf_counter()
         self.data_wait_seconds = 0.0
 
@@ -156,6 +157,14 @@ class _StepLog:
     def _judge(self, step: int, found: dict[str, float]) -> None:
         loop = self._loop
         loop.bad_share.add(masked_rows=loop.batch_size - round(found["examples"]), rows=loop.batch_size)
+        if found["truncated"] and not self._told_of_truncation:
+            self._told_of_truncation = True  # once; train/truncated_rows goes on counting
+            logging.warning(
+                "Step %d: %d of %d texts are longer than config.data.text_length and were cut.",
+                step + 1,
+                found["truncated"],
+                loop.batch_size,
+            )
         self._bad_steps = 0 if found["finite"] else self._bad_steps + 1
         if self._bad_steps:
             logging.warning(

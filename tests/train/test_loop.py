@@ -180,6 +180,13 @@ def test_each_step_is_written_with_its_own_numbers(tmp_path):
     assert "time/checkpoint_seconds" in notes.written[8]
 
 
+def test_cut_texts_are_told_once(tmp_path, caplog):
+    loop(tmp_path, Notes()).run(state_after(0))
+
+    told = [record.getMessage() for record in caplog.records if "were cut" in record.getMessage()]
+    assert told == ["Step 2: 1 of 8 texts are longer than config.data.text_length and were cut."]
+
+
 def test_a_loop_goes_on_from_the_step_of_its_state_and_a_finished_one_does_nothing(tmp_path):
     notes = Notes()
     loop(tmp_path, notes).run(state_after(7))
