@@ -18,7 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from pgdist.decode.greedy import greedy_decode
 from pgdist.mesh import batch_sharding, put_batch, replicated
-from pgdist.models.paligemma import PaliGemma
+from pgdist.models.paligemma import PaliGemma, compute_dtype
+from pgdist.parameters import map_named
 
 _DECODED_ARRAYS = ("image", "text", "mask_input", "mask_ar", "weight", "index")
 
@@ -67,9 +68,18 @@ class Decoder:
         """The nested parameters where decoding wants them: whole on every device.
 
         Sharded weights would be gathered again for every token. Arrays that are there already are shared, not
-        copied, so one chip needs no second set.
+        copied, so one chip needs no second set. Others are narrowed on the way to the dtype that the model
+        casts them to anyway: float32 masters travel, and lie, as bfloat16.
         """
-        return jax.device_put(params, replicated(self.mesh))
+        whole = replicated(self.mesh)
+
+        def place(name: str, array: jax.Array) -> jax.Array:
+            dtype = compute_dtype(self.model.config, name)
+            if self.mesh.size == 1 or dtype is None or dtype.itemsize >= array.dtype.itemsize:
+                return jax.device_put(array, whole)
+            return _narrow(array, dtype=dtype, sharding=whole)
+
+        return map_named(place, params)
 
     def decode_batches(self, params: Mapping, batches: Iterable[Batch]) -> Iterator[Decoded]:
         """Answers in the order of the batches' rows, exactly one for each example, the same on every process.
@@ -113,6 +123,11 @@ class Decoder:
                 finished=valid and bool(ends.size),
                 valid=valid,
             )
+
+
+@partial(jax.jit, static_argnames=("dtype", "sharding"))
+def _narrow(array: jax.Array, *, dtype: np.dtype, sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(array.astype(dtype), sharding)
 
 
 @partial(jax.jit, static_argnames=("model", "max_new_tokens", "sharding"))

@@ -8,6 +8,7 @@ may be seen: query q sees key k iff cumsum(mask_ar)[k] <= cumsum(mask_ar)[q] and
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import flax.linen as nn
 import flax.struct
@@ -16,6 +17,8 @@ import jax.numpy as jnp
 
 from pgdist.models.gemma import Gemma, GemmaConfig, KVCache
 from pgdist.models.siglip import Siglip, SiglipConfig
+
+_NORM = re.compile(r".*/(LayerNorm_\d|\w*norm)/(scale|bias)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,6 +131,15 @@ class PaliGemma(nn.Module):
         )
         state = DecodingState(kv=kv, visible=visible, position=state.position + 1, slot=state.slot + 1)
         return self.llm.logits(hidden[:, 0]), state
+
+
+def compute_dtype(config: PaliGemmaConfig, name: str) -> jnp.dtype | None:
+    """What the model casts a parameter to before it uses it: its tower's dtype; None for norms, which stay
+    exact.
+    """
+    if _NORM.fullmatch(name):
+        return None
+    return jnp.dtype(config.image.dtype if name.startswith("img/") else config.text.dtype)
 
 
 def parameter_shapes(config: PaliGemmaConfig) -> dict:
