@@ -149,8 +149,8 @@ def test_masters_are_narrowed_to_what_the_model_computes_in_and_norms_are_not():
 
     narrowed = {name for name, leaf in placed.items() if leaf.dtype == jnp.bfloat16}
     assert narrowed == {name for name in placed if name.startswith("llm/") and "norm" not in name}
-    # Not to the bit: XLA may leave out a rounding to bfloat16 that it finds between two float32 numbers, so the
-    # wide weights can be read wide. Either way the error is that of bfloat16, 8 bits a number.
+    # Not to the bit: XLA may leave out a rounding to bfloat16 that it finds between two float32 numbers, so
+    # the wide weights can be read wide. Either way the error is that of bfloat16, 8 bits a number.
     arrays = batches(examples())[0].arrays
     inputs = (normalize_image(arrays["image"]), arrays["text"], arrays["mask_ar"], arrays["mask_input"])
     exact = decoder.model.apply({"params": params}, *inputs)
