@@ -161,10 +161,22 @@ def _reader_has_gone(stream: IO[str]) -> bool:
     return bool(poll.poll(0))  # asked for nothing, it reports errors and hang-ups only
 
 
+class _PlainFormatter(python_logging.Formatter):
+    """The message alone; its level before it from warnings on."""
+
+    def format(self, record: python_logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno < python_logging.WARNING else f"{record.levelname.lower()}: {text}"
+
+
 def _log_what_is_ours() -> None:
-    """Without --verbosity, libraries only warn: Orbax alone logs a dozen lines for each checkpoint."""
+    """Without --verbosity, libraries only warn (Orbax alone logs a dozen lines for each checkpoint), and
+    lines are
+    for people: no time, process, thread and place before each.
+    """
     if not flags.FLAGS["verbosity"].using_default_value:
         return
+    logging.get_absl_handler().setFormatter(_PlainFormatter())
     ours = tuple(os.path.dirname(sys.modules[name].__file__) + os.sep for name in ("launch", "pgdist"))
     logging.get_absl_handler().addFilter(
         lambda record: record.levelno >= python_logging.WARNING or record.pathname.startswith(ours)

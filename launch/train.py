@@ -31,15 +31,11 @@ def main() -> None:
 
     try:
         with cluster.StopRequest() as stop:
-            done = finetune(
-                _CONFIG.value, workdir=_WORKDIR.value, should_stop=stop.is_requested, fork=_FORK.value
-            )
+            finetune(_CONFIG.value, workdir=_WORKDIR.value, should_stop=stop.is_requested, fork=_FORK.value)
     except Preempted:
         cluster.leave()  # all stop at the same step: nobody may go while another still writes
         raise
-    for name, value in done.metrics.items():
-        logging.info("%s: %.4f", name, value)
-    logging.info("Report: %s/report.html", _WORKDIR.value)
+    logging.info("Done. See report.html and model.npz in %s.", _WORKDIR.value)
     cluster.leave()
 
 

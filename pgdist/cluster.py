@@ -151,6 +151,6 @@ class StopRequest:
         del frame
         self._signal = signal.Signals(number)
         # Not through a stream: the signal may have come in the middle of a write to it.
-        os.write(2, b"\npgdist: stopping after this step, state saved; a second signal ends at once\n")
+        os.write(2, b"\npgdist: finishing this step, then saving; a second signal ends at once, unsaved\n")
         # A second signal must end a job that cannot reach its next step.
         signal.signal(number, signal.SIG_DFL)

@@ -20,6 +20,7 @@ from pgdist import cluster, weights
 from pgdist.checkpoint import Checkpoints
 from pgdist.config import validate_config
 from pgdist.data.bad_records import BadRecordLog, BadShare
+from pgdist.data.jsonl import fingerprint
 from pgdist.data.tokenizer import Tokenizer
 from pgdist.errors import ConfigError
 from pgdist.job import Job
@@ -62,7 +63,8 @@ def finetune(
     """
     validate_config(config)
     job = Job(config, Workdir(workdir), devices=devices)
-    job.workdir.check(config, fork=fork)
+    data = fingerprint(job.train_source)
+    job.workdir.check(config, fork=fork, data=data)
     job.log_descriptions()
     frozen, state = job.load_weights()
     job.workdir.make()
@@ -78,7 +80,7 @@ def finetune(
                 "Train for more steps with --fork, or use a new --workdir."
             )
         # Only now, when nothing wrong with weights or checkpoints can stop the run, is it one of this config.
-        job.workdir.record(config)
+        job.workdir.record(config, data=data)
         job.write_descriptions()
         return _train(job, state, frozen, checkpoints=checkpoints, should_stop=should_stop, writers=writers)
 

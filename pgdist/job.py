@@ -61,6 +61,8 @@ class Job:
         self.train_source = self._open_source(config.data.train)
         self.validation_source = self._open_source(config.data.validation) if config.data.validation else None
         check_vocabulary(config, self.tokenizer.vocab_size)
+        if config.init:
+            weights.read_header(config.init)  # a wrong path is an error now, not after all that follows
         self.model = PaliGemma(model_config(config))
         self.shapes = flatten(parameter_shapes(self.model.config))
         self.scales = learning_rate_scales(self.shapes, config.trainable)

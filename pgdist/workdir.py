@@ -1,8 +1,10 @@
 """The folder of a run: where each file lies, and whether a config may go on in it.
 
-config.json env.json parameters.json     what ran, on what
-metrics.jsonl tb/ examples.jsonl predictions/ report.html     what to look at
-checkpoints/ model.npz bad_records.jsonl
+    config.json data.json env.json parameters.json     what ran, on what
+    metrics.jsonl tb/ examples.jsonl predictions/ report.html     what to look at
+    checkpoints/ model.npz bad_records.jsonl
+
+Process 0 writes what a job has only one of.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from pgdist.errors import ConfigError
 # Fields that change where and how fast a run goes, not what it computes: a run may go on with others.
 _FREE_FIELDS = ("mesh.", "checkpoint.", "data.workers", "data.max_bad_share", "model.remat", "export")
 
+# Fields that decide which arrays a checkpoint holds, and so whether a run can go on from it at all.
+_CHECKPOINT_FIELDS = ("init", "model.preset", "optimizer.name", "trainable")
+
 
 class Workdir:
     """The paths of one run's files; process 0 alone writes what the job has one of."""
@@ -40,6 +45,7 @@ class Workdir:
         self.examples = self.path / "examples.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model.npz"
+        self.data = self.path / "data.json"
 
     def predictions(self, step: int) -> Path:
         """What the evaluation after `step` updates decoded."""
@@ -63,32 +69,37 @@ class Workdir:
             raise self._damaged(f"it holds a {type(config).__name__}")
         return config
 
-    def check(self, config: ConfigDict, *, fork: bool) -> None:
-        """Raises ConfigError where the folder cannot be written, or belongs to another config unless `fork`.
+    def check(self, config: ConfigDict, *, fork: bool, data: str = "") -> None:
+        """Raises ConfigError where the folder cannot be written, or belongs to another run unless `fork`.
 
+        data: what the training data is, as `pgdist.data.jsonl.fingerprint` tells it; "" is not compared.
         Changes nothing, so that what goes wrong before the run has begun leaves no run of its config behind.
         """
-        cluster.on_primary(lambda: self._check(config, fork=fork))
+        cluster.on_primary(lambda: self._check(config, fork=fork, data=data))
 
     def make(self) -> None:
         """Makes the folder; ConfigError where that fails although `check` saw no reason."""
         cluster.on_primary(self._make)
 
-    def record(self, config: ConfigDict) -> None:
-        """Writes the config into the folder; a different one stays as config_before_fork_N.json."""
-        cluster.on_primary(lambda: self._record(config))
+    def record(self, config: ConfigDict, *, data: str = "") -> None:
+        """Writes config and data into the folder; a different config stays as config_before_fork_N.json."""
+        cluster.on_primary(lambda: self._record(config, data=data))
 
-    def _check(self, config: ConfigDict, *, fork: bool) -> None:
+    def _check(self, config: ConfigDict, *, fork: bool, data: str) -> None:
         there = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             found = "cannot be written" if there.is_dir() else "is a file"
             raise self._unwritable(f"{there} {found}")
         different = self._differences(config)
-        if different and not fork:
+        lines = [f"  config.{field}: {old!r} -> {new!r}" for field, (old, new) in different.items()]
+        if (known := self._read_data()) and data and known != data:
+            lines.append(f"  content of config.data.train: {known} -> {data}")
+        if lines and not fork:
+            advice = "Use a new --workdir, or --fork to go on in this one with what is new."
+            if lasting := ", ".join(field for field in different if field in _CHECKPOINT_FIELDS):
+                advice = f"Use a new --workdir: checkpoints of other arrays are in this one ({lasting})."
             raise ConfigError(
-                f"--workdir={self.path} holds a run of another config (there -> here):\n"
-                + "\n".join(different)
-                + "\nUse a new --workdir, or --fork to go on in this one with the new config."
+                f"--workdir={self.path} holds another run (there -> here):\n" + "\n".join([*lines, advice])
             )
 
     def _make(self) -> None:
@@ -100,23 +111,31 @@ class Workdir:
         except OSError as error:
             raise self._unwritable(error.strerror or str(error)) from error
 
-    def _record(self, config: ConfigDict) -> None:
+    def _record(self, config: ConfigDict, *, data: str) -> None:
         if self._differences(config):
             number = len(list(self.path.glob("config_before_fork_*.json"))) + 1
             shutil.copyfile(self.config, self.path / f"config_before_fork_{number}.json")
         write_json(self.config, json.loads(config.to_json()))
+        write_json(self.data, {"train": data})
 
-    def _differences(self, config: ConfigDict) -> list[str]:
-        """One line for each field whose value is not the recorded one."""
+    def _read_data(self) -> str:
+        """What the recorded run's training data is; "" where nobody knows."""
+        try:
+            return json.loads(self.data.read_text())["train"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
+    def _differences(self, config: ConfigDict) -> dict[str, tuple[Any, Any]]:
+        """{field: (recorded value, value here)} of the fields that differ."""
         recorded = self.read_config()
         if recorded is None:
-            return []
+            return {}
         old, new = _flatten(recorded), _flatten(json.loads(config.to_json()))
-        return [
-            f"  config.{field}: {old.get(field)!r} -> {new.get(field)!r}"
+        return {
+            field: (old.get(field), new.get(field))
             for field in sorted(old.keys() | new.keys())
             if old.get(field) != new.get(field) and not field.startswith(_FREE_FIELDS)
-        ]
+        }
 
     def _unwritable(self, found: str) -> ConfigError:
         return ConfigError(

@@ -92,7 +92,7 @@ def test_a_run_writes_every_file_of_a_workdir(run):
     files = {path.name for path in run.workdir.iterdir()}
 
     assert files == {
-        *("config.json", "env.json", "parameters.json"),
+        *("config.json", "data.json", "env.json", "parameters.json"),
         *("metrics.jsonl", "tb", "examples.jsonl", "predictions", "report.html"),
         *("checkpoints", "model.npz", "bad_records.jsonl"),
     }
@@ -249,7 +249,7 @@ def test_an_evaluation_that_a_stop_came_before_is_made_up_for(run, config, tmp_p
 def test_a_fork_that_trains_other_parameters_is_refused_and_keeps_the_checkpoints(workdir, config):
     other = config.copy_and_resolve_references()
     other.trainable = (("llm/.*", 1.0), (".*", 0.0))
-    with pytest.raises(ConfigError, match="--fork"):
+    with pytest.raises(ConfigError, match="Use a new --workdir: .*trainable"):
         finetune(other, workdir=workdir)
 
     with pytest.raises(WeightsError, match="config.trainable"):

@@ -44,7 +44,7 @@ def files(path: Path) -> dict[str, bytes]:
 
 
 def test_a_run_records_its_config(begun):
-    assert files(begun).keys() == {"config.json"}
+    assert files(begun).keys() == {"config.json", "data.json"}
     assert recorded(begun) == json.loads(default_config().to_json())
     assert recorded(begun)["trainable"] == [["llm/layers/attn/.*", 1.0], [".*", 0.0]]
 
@@ -67,7 +67,9 @@ def test_another_config_is_refused_with_the_differences_and_nothing_changes(begu
         begin(begun, other)
 
     message = str(refused.value)
-    assert f"--workdir={begun}" in message and "--fork" in message
+    assert f"--workdir={begun}" in message
+    # Another optimizer or other trainable arrays: no checkpoint here can be gone on from.
+    assert message.endswith("checkpoints of other arrays are in this one (optimizer.name, trainable).")
     differences = [line for line in message.splitlines() if line.startswith("  config.")]
     assert differences == [
         "  config.data.prefix: '' -> 'caption en'",
@@ -76,6 +78,21 @@ def test_another_config_is_refused_with_the_differences_and_nothing_changes(begu
         "  config.trainable: [['llm/layers/attn/.*', 1.0], ['.*', 0.0]] -> [['.*', 1.0]]",
     ]
     assert files(begun) == before
+
+
+def test_a_difference_that_checkpoints_survive_may_be_forked(begun):
+    with pytest.raises(ConfigError, match="config.steps: 64 -> 65\nUse a new --workdir, or --fork to go on"):
+        begin(begun, config_with(steps=65))
+
+
+def test_other_training_data_is_told_and_needs_a_fork(begun):
+    workdir = Workdir(begun)
+    workdir.record(config_with(), data="12 examples, sha256 ab")
+
+    workdir.check(config_with(), fork=False, data="12 examples, sha256 ab")
+    workdir.check(config_with(), fork=True, data="6 examples, sha256 cd")
+    with pytest.raises(ConfigError, match="content of config.data.train: 12 .* ab -> 6 .* cd\n.* --fork"):
+        workdir.check(config_with(), fork=False, data="6 examples, sha256 cd")
 
 
 def test_fields_that_do_not_change_the_result_may_differ(begun):
@@ -95,7 +112,7 @@ def test_fields_that_do_not_change_the_result_may_differ(begun):
     )
 
     assert recorded(begun)["checkpoint"] == {"every": 7, "keep": 5}
-    assert files(begun).keys() == {"config.json"}
+    assert files(begun).keys() == {"config.json", "data.json"}
 
 
 def test_a_fork_goes_on_and_keeps_each_config_before_it(begun):
@@ -107,6 +124,7 @@ def test_a_fork_goes_on_and_keeps_each_config_before_it(begun):
 
     assert files(begun) == {
         "config.json": (begun / "config.json").read_bytes(),
+        "data.json": (begun / "data.json").read_bytes(),
         "config_before_fork_1.json": first,
         "config_before_fork_2.json": second,
     }

@@ -236,7 +236,8 @@ def _json_object(line: bytes) -> dict[str, Any]:
 def _text(name: str, fields: dict[str, Any]) -> str:
     if name not in fields:
         found = ", ".join(sorted(fields)) or "none"
-        remedy = ", or set a prefix for all examples (config.data.prefix)" if name == "prefix" else ""
+        one_for_all = "give it, or one prefix for all: config.data.prefix in training, --prompt in prediction"
+        remedy = f"; {one_for_all}" if name == "prefix" else ""
         raise ValueError(f"no field {name!r} (fields found: {found}){remedy}")
     return _checked_text(name, fields[name])
 

@@ -46,7 +46,7 @@ def test_prefix_is_overridden_or_supplied_and_suffix_lower_cased(write_jsonl):
         ("describe", ("äb", "c")),
     ]
     assert source.check() == []
-    assert "or set a prefix for all examples" in JsonlSource(path).check()[0].reason
+    assert "one prefix for all: config.data.prefix" in JsonlSource(path).check()[0].reason
 
 
 def test_a_list_of_suffixes_is_kept_whole_and_its_first_is_the_suffix(write_jsonl):

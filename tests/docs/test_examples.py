@@ -17,7 +17,7 @@ def test_the_example_of_the_api_page_fine_tunes_and_answers(tmp_path: Path):
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/api.md").read_text(), re.DOTALL)
     assert len(example.splitlines()) <= 40
     (tmp_path / "assets").symlink_to(ROOT / "assets")
-    make = [sys.executable, str(ROOT / "tools/make_demo_data.py"), "--task=relations", "--out=runs/demo_data"]
+    make = [sys.executable, str(ROOT / "tools/make_demo_data.py"), "--task=relations", "--out=runs/api_data"]
     subprocess.run([*make, "--train=64", "--validation=8", "--workers=1"], cwd=tmp_path, check=True)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(

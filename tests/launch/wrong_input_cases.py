@@ -210,7 +210,7 @@ CONFIG = {
     "workdir of another config": Case(
         AGAIN + " --config.steps=9",
         2,
-        r"--workdir=run holds a run of another config .*\n  config.steps: 2 -> 9\nUse a new .* or --fork",
+        r"--workdir=run holds another run .*\n  config.steps: 2 -> 9\nUse a new .* or --fork",
     ),
     "damaged config in the workdir": Case(
         AGAIN,
@@ -271,7 +271,7 @@ DATA = {
     "no prefix": Case(
         TRAIN,
         3,
-        r"/train.jsonl, line 1: no field 'prefix' .*or set a prefix for all .*config.data.prefix",
+        r"/train.jsonl, line 1: no field 'prefix' .*one prefix for all: config.data.prefix",
         wrong.line(1, wrong.example(image="0.png", prefix=None)),
     ),
     "suffix that is no text": Case(
