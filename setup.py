@@ -12,6 +12,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "pgdist/__init__.py").rea
 # The core stays small and needs no compiler; what only some users want is an extra.
 REQUIRES = [
     "absl-py>=2.1",
+    "etils[epath]>=1.9",
     "flax>=0.12",
     "grain>=0.2.18",
     "jax>=0.10",
@@ -23,6 +24,7 @@ REQUIRES = [
     "optax>=0.2.5",
     "orbax-checkpoint>=0.12",
     "pillow>=11",
+    "pyyaml>=6",
     "rich>=13",
     "scipy>=1.14",
     "sentencepiece>=0.2",
@@ -35,9 +37,20 @@ EXTRAS = {
     "cuda13": ["jax[cuda13]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
     "plan": ["jax[tpu]>=0.10"],  # for the libtpu that suits this JAX: its compiler needs no TPU
+    "gcs": ["gcsfs>=2025.2"],
     "hub": ["huggingface_hub>=1.0", "kagglehub>=0.3"],
     # setuptools: the scripts in tools/ install this project without fetching a build environment.
-    "test": ["hypothesis", "psutil", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "setuptools>=77"],
+    "test": [
+        "fastjsonschema",
+        "hypothesis",
+        "psutil",
+        "pytest",
+        "pytest-timeout",
+        "pytest-xdist",
+        "ruff",
+        "setuptools>=77",
+    ],
+    "buckets": ["gcp-storage-emulator", "gcsfs>=2025.2"],
     "parity": ["torch==2.13.0", "transformers==5.23.0"],
 }
 
@@ -51,7 +64,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["pgdist", "pgdist.*", "launch", "launch.*"]),
-    package_data={"pgdist.report": ["*.jinja"]},
+    package_data={"pgdist.report": ["*.jinja"], "launch.targets": ["*.jinja"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["pgdist = launch.console:main"]},

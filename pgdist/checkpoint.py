@@ -8,18 +8,17 @@ before it is used.
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import logging
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from pgdist import cluster
+from pgdist import cluster, files
 from pgdist.errors import WeightsError
 
 PyTree = Any
@@ -29,14 +28,23 @@ _CHECKSUMS = "checksums"
 class Checkpoints:
     """The checkpoints in a directory, the newest `keep` of them kept; all processes make the same calls."""
 
-    def __init__(self, directory: Path, *, keep: int, belongs_to: Mapping[str, str]) -> None:
-        """belongs_to: what a checkpoint is worthless without (the base weights' fingerprint); checked at
-        restore.
+    def __init__(
+        self,
+        directory: Path | epath.Path,
+        *,
+        keep: int,
+        belongs_to: Mapping[str, str],
+        before_save: Callable[[], None] = lambda: None,
+    ) -> None:
+        """directory: local, or in a bucket.  belongs_to: what a checkpoint is worthless without (the base
+        weights' fingerprint); checked at restore.  before_save: called before each save, so that what it makes
+        safe is never older than the newest checkpoint.
         """
-        self._directory = directory.absolute()
+        self._directory = epath.Path(directory if files.is_url(directory) else directory.absolute())
         self._aside = self._directory.parent / "checkpoints_damaged"
         self._keep = keep
         self._belongs_to = dict(belongs_to)
+        self._before_save = before_save
         self._checkpointer = self._open()
 
     def _open(self) -> ocp.training.Checkpointer:
@@ -71,6 +79,7 @@ class Checkpoints:
         """
         if step in self.steps():
             return
+        self._before_save()
         metadata = self._belongs_to | {_CHECKSUMS: checksums(state)}
         self._checkpointer.save_async(step, state, custom_metadata=metadata)
 
@@ -152,10 +161,12 @@ class Checkpoints:
         self._checkpointer.close()
         if cluster.is_primary():
             self._aside.mkdir(exist_ok=True)
+            if files.is_url(self._aside):  # a folder in a bucket is there when something is in it
+                (self._aside / "README.txt").write_text("Checkpoints that could not be read.\n")
             target = self._aside / str(step)
             if target.exists():
-                shutil.rmtree(target)
-            os.replace(self._directory / str(step), target)
+                target.rmtree()
+            (self._directory / str(step)).rename(target)
             logging.error("Moved the damaged checkpoint of step %d to %s.", step, self._aside)
         cluster.barrier(f"set aside checkpoint {step}")
         self._checkpointer = self._open()

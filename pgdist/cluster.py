@@ -1,49 +1,98 @@
-"""Joining and leaving a job of one or several processes, and hearing that it is to stop.
+"""Joining and leaving a job of one or several processes, and what they tell each other outside of training.
 
 One process needs none of JAX's distributed service; several need `join` before anything touches a device.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import os
-import signal
-import threading
+import socket
+import time
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from pgdist.errors import ConfigError, UserError
+from pgdist import roll_call
+from pgdist.detection import (
+    HEARTBEAT_TIMEOUT,
+    JOIN_TIMEOUT,
+    Membership,
+    find_membership,
+    split_address,
+)
+from pgdist.errors import PeerLostError, UserError
+
+_SECONDS_AFTER_ROLL_CALL = 60  # for joining, when all are known to be there
+
+_barriers: collections.Counter[str] = collections.Counter()  # how often each name was waited at
 
 
-def join(*, coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Joins the job at coordinator "host:port" as process `process_id` of `num_processes`; nothing when all
-    are None.
+def join(
+    *,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    local_device_ids: str | None = None,
+    join_timeout: float = JOIN_TIMEOUT,
+    heartbeat_timeout: int = HEARTBEAT_TIMEOUT,
+) -> Membership:
+    """Joins the job that the arguments, the environment or the cluster tell of; see `find_membership`.
 
-    Raises ConfigError when only some are given or they cannot be true.
+    join_timeout: seconds in which all processes must come.  heartbeat_timeout: seconds without a sign of life
+    after which JAX takes a process for lost, and ends the others.
+    Raises ConfigError when the job cannot be as it is told, PeerLostError that names who has not come.
     """
-    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    missing = [name for name, value in given.items() if value is None]
-    if len(missing) == len(given):
-        return
-    if missing:
-        raise ConfigError(
-            f"--{' and --'.join(missing)} missing: a job of several processes needs --coordinator=HOST:PORT, "
-            "--num_processes=N and, different in each process, --process_id=0..N-1."
+    place = find_membership(
+        coordinator=coordinator,
+        num_processes=num_processes,
+        process_id=process_id,
+        local_device_ids=local_device_ids,
+        timeout=join_timeout,
+    )
+    if place.num_processes == 1:
+        if place.local_device_ids is not None:
+            visible = ",".join(map(str, place.local_device_ids))
+            jax.config.update("jax_cuda_visible_devices", visible)
+            jax.config.update("jax_rocm_visible_devices", visible)
+        return place
+    address, count = split_address(place.coordinator), place.num_processes
+    if place.process_id == 0:
+        roll_call.take(address, num_processes=count, timeout=join_timeout, say=logging.info)
+    else:
+        roll_call.answer(
+            address, process_id=place.process_id, num_processes=count, timeout=join_timeout, say=logging.info
         )
-    assert coordinator is not None and num_processes is not None and process_id is not None
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise ConfigError(f"--coordinator: expected HOST:PORT, such as 10.0.0.1:8476, found {coordinator!r}.")
-    if not 0 <= process_id < num_processes:
-        raise ConfigError(
-            f"--process_id: expected 0 to {num_processes - 1} (--num_processes={num_processes}), found "
-            f"{process_id}."
-        )
-    jax.distributed.initialize(coordinator, num_processes, process_id)
-    logging.info("Joined the job at %s as process %d of %d.", coordinator, process_id, num_processes)
+        time.sleep(0.1)  # process 0 opens the port anew; who finds it closed tries again after a whole second
+    _bypass_proxies(address[0])
+    # Ours are `stop.py` and the line above.
+    for setting in ("jax_enable_preemption_service", "jax_check_proxy_envs"):
+        with contextlib.suppress(AttributeError):  # a JAX without it
+            jax.config.update(setting, False)
+    jax.distributed.initialize(
+        place.coordinator,
+        count,
+        place.process_id,
+        local_device_ids=place.local_device_ids,
+        cluster_detection_method="deactivate",  # under Slurm it would leave this process one device
+        initialization_timeout=_SECONDS_AFTER_ROLL_CALL,
+        heartbeat_timeout_seconds=heartbeat_timeout,
+    )
+    if (service := _service()) is not None:
+        service.client.key_value_set(f"pgdist/hosts/{place.process_id}", socket.gethostname())
+    logging.info(
+        "Joined the job at %s as process %d of %d (%s).",
+        place.coordinator,
+        place.process_id,
+        count,
+        place.why,
+    )
+    return place
 
 
 def leave() -> None:
@@ -55,13 +104,70 @@ def leave() -> None:
 def meet(*, seconds: float) -> bool:
     """Whether all processes of the job come here within so many seconds of the first; once in a job."""
     try:
-        # The only barrier of JAX that gives up without ending the process has no public name.
-        from jax._src.distributed import global_state
-
-        global_state.client.wait_at_barrier("pgdist/meet", round(1000 * seconds))
-    except (ImportError, AttributeError, jax.errors.JaxRuntimeError):
+        barrier("meet", seconds=seconds)
+    except PeerLostError:
         return False
     return True
+
+
+def barrier(name: str, *, seconds: float = 600.0) -> None:
+    """Waits until every process is here.
+
+    Raises PeerLostError that names those who do not come within `seconds` of the first.
+    """
+    if (service := _service()) is None:
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(name)
+        return
+    _barriers[name] += 1
+    place = f"pgdist/barriers/{name}/{_barriers[name]}"
+    try:
+        service.client.key_value_set(f"{place}/{service.process_id}", "")
+        service.client.wait_at_barrier(place, round(1000 * seconds))
+    except jax.errors.JaxRuntimeError as error:
+        missing = _missing(service, place)
+        if service.process_id == 0:
+            time.sleep(
+                1.0
+            )  # JAX's service goes with it, which aborts the others: let them say first what happened
+        raise PeerLostError(f"{name}: waited {seconds:g} s for {missing}.") from error
+
+
+def hosts() -> list[str]:
+    """The host of each process, as it calls itself; of this one alone where nobody knows of the others."""
+    return _hosts(service) if (service := _service()) is not None else [socket.gethostname()]
+
+
+def gather(name: str, text: str, *, seconds: float) -> list[str]:
+    """The texts of all processes, in their order, for process 0; [] for the others. All must call this.
+
+    name: of this exchange, once in a job.  Raises PeerLostError as `barrier`. Needs no device.
+    """
+    if (service := _service()) is None:
+        return _all_texts(text)
+    service.client.key_value_set(f"pgdist/texts/{name}/{service.process_id}", text)
+    barrier(f"gather {name}", seconds=seconds)
+    if service.process_id != 0:
+        return []
+    found = _numbered(service, f"pgdist/texts/{name}")
+    return [found[number] for number in range(service.num_processes)]
+
+
+def announce(name: str, text: str, *, seconds: float) -> str:
+    """The text of process 0, for all. All must call this, the others with any text.
+
+    name: of this exchange, once in a job.  Raises PeerLostError where process 0 says nothing for `seconds`.
+    """
+    if (service := _service()) is None:
+        return _all_texts(text)[0]
+    key = f"pgdist/announced/{name}"
+    if service.process_id == 0:
+        service.client.key_value_set(key, text)
+        return text
+    try:
+        return service.client.blocking_key_value_get(key, round(1000 * seconds))
+    except jax.errors.JaxRuntimeError as error:
+        raise PeerLostError(f"{name}: waited {seconds:g} s for a word from process 0.") from error
 
 
 def is_primary() -> bool:
@@ -74,6 +180,11 @@ def all_agree(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.process_allgather(value).all())
+
+
+def any_process(value: bool) -> bool:
+    """Whether the value is true in one process at least; all must call it."""
+    return not all_agree(not value)
 
 
 def all_equal(value: int) -> bool:
@@ -106,51 +217,67 @@ def together(action: Callable[[], None]) -> None:
         raise found
 
 
-def barrier(name: str) -> None:
-    """Waits until every process is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def _bypass_proxies(host: str) -> None:
+    """Takes JAX's coordinator from what this process reaches through a proxy: there it would never join."""
+    used = [name for name in ("grpc_proxy", "https_proxy", "http_proxy") if os.environ.get(name)]
+    if used:
+        # gRPC looks at these in lower case alone, and at no_proxy where there is no no_grpc_proxy.
+        direct = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy", "")
+        os.environ["no_grpc_proxy"] = ",".join(filter(None, [direct, host]))
+        logging.warning(
+            "%s is set, and the coordinator %s is reached without it. Name the hosts of the job in no_proxy, or "
+            "unset it, if processes that are there do not find each other.",
+            " and ".join(used),
+            host,
+        )
 
 
-class StopRequest:
-    """SIGTERM or SIGINT asks the job to save and stop; a context manager that puts the old handlers back.
+def _service() -> Any | None:
+    """JAX's coordination service in this process; None in a job of one.
 
-    A job of several processes relies on JAX's preemption service instead, which makes all of them stop at
-    the same step: a handler of our own would silence it.
+    It alone has barriers that give up and texts that need no device, and no public name.
     """
+    try:
+        from jax._src.distributed import global_state
+    except ImportError:
+        return None
+    needed = ("wait_at_barrier", "key_value_set", "key_value_dir_get", "blocking_key_value_get")
+    client = getattr(global_state, "client", None)
+    return global_state if client is not None and all(hasattr(client, name) for name in needed) else None
 
-    def __init__(self) -> None:
-        self._signal: signal.Signals | None = None
-        self._old_handlers: dict[signal.Signals, object] = {}
 
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is not threading.main_thread():
-            return self
-        if jax.distributed.is_initialized():
-            # JAX listens to SIGTERM alone.
-            forward = lambda number, frame: os.kill(os.getpid(), signal.SIGTERM)
-            self._old_handlers[signal.SIGINT] = signal.signal(signal.SIGINT, forward)
-        else:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._old_handlers[number] = signal.signal(number, self._receive)
-        return self
+def _missing(service: Any, place: str) -> str:
+    """Who has not come to a barrier, with their hosts."""
+    try:
+        present = _numbered(service, place)
+        names = _hosts(service)
+    except jax.errors.JaxRuntimeError:
+        return "process 0, which has gone, or for others that are lost"
+    missing = [number for number in range(service.num_processes) if number not in present]
+    shown = sorted({names[number] for number in missing})[:8]
+    return (
+        f"{roll_call.name_processes(missing)} on {', '.join(shown)}"
+        if missing
+        else "processes that came late"
+    )
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._old_handlers.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def is_requested(self, step: int) -> bool:
-        """Whether to stop after `step` updates; the same in every process, and all ask at every step."""
-        if jax.distributed.is_initialized():
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._signal is not None
+def _hosts(service: Any) -> list[str]:
+    found = _numbered(service, "pgdist/hosts")
+    return [found.get(number, "an unknown host") for number in range(service.num_processes)]
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        self._signal = signal.Signals(number)
-        # Not through a stream: the signal may have come in the middle of a write to it.
-        os.write(2, b"\npgdist: finishing this step, then saving; a second signal ends at once, unsaved\n")
-        # A second signal must end a job that cannot reach its next step.
-        signal.signal(number, signal.SIG_DFL)
+
+def _numbered(service: Any, folder: str) -> dict[int, str]:
+    """{process: text} of what they have put under `folder/PROCESS`."""
+    entries = service.client.key_value_dir_get(folder)
+    return {int(key.rpartition("/")[2]): text for key, text in entries}
+
+
+def _all_texts(text: str) -> list[str]:
+    """The texts of all processes, where there is no service: through their devices."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(data.size)).tolist()
+    rows = multihost_utils.process_allgather(np.pad(data, (0, max(sizes) - data.size)))
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]

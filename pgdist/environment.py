@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pgdist
+from pgdist.limits import describe_limits
 
 PACKAGES = (
     "jax jaxlib flax optax orbax-checkpoint grain tensorstore numpy scipy ml_dtypes ml_collections absl-py "
@@ -27,9 +28,10 @@ PACKAGES = (
 _ACCELERATOR_PACKAGES = re.compile(r"jax[-_].*(plugin|pjrt)|nvidia-.*", re.IGNORECASE)
 
 _VARIABLES = re.compile(
-    r"(JAX|XLA|LIBTPU|TPU|MEGASCALE|NCCL|SLURM|CUDA|NVIDIA|OMP|TF_CPP)_\w+|LD_LIBRARY_PATH|VIRTUAL_ENV|PYTHON\w*"
+    r"(PGDIST|JAX|XLA|LIBTPU|TPU|MEGASCALE|NCCL|SLURM|OMPI|CUDA|NVIDIA|ROCR|HIP|OMP|TF_CPP|GRPC|TENSORSTORE)_\w+"
+    r"|JOB_COMPLETION_INDEX|KUBERNETES_SERVICE_HOST|STORAGE_EMULATOR_HOST|LD_LIBRARY_PATH|VIRTUAL_ENV|PYTHON\w*"
 )
-_PROXIES = re.compile(r"(http|https|all|no)_proxy", re.IGNORECASE)  # these can make joining a job hang
+_PROXIES = re.compile(r"(http|https|all|grpc|no|no_grpc)_proxy", re.IGNORECASE)  # can make joining a job hang
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|KEY|AUTH|JWT|COOKIE", re.IGNORECASE)
 _PASSWORD_IN_URL = re.compile(r"//[^/@\s]+@")
 
@@ -45,9 +47,10 @@ def describe_environment() -> dict[str, Any]:
         "host": platform.node(),
         "cpu": _describe_cpu(),
         "memory": _describe_memory(),
+        "limits": describe_limits(),
         "devices": _describe_devices(),
-        "nvidia_driver": _nvidia_driver(),
-        "packages": _package_versions(),
+        "drivers": _describe_drivers(),
+        "packages": package_versions(),
         "variables": variables,
     }
 
@@ -61,6 +64,21 @@ def interesting_variables(environ: Mapping[str, str]) -> dict[str, str]:
         elif _VARIABLES.fullmatch(name):
             shown[name] = "(hidden)" if _SECRET.search(name) else _PASSWORD_IN_URL.sub("//(hidden)@", value)
     return shown
+
+
+def package_versions() -> dict[str, str]:
+    """{package: version} of what is installed of those that decide how a run goes."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    for distribution in importlib.metadata.distributions():
+        name = distribution.metadata["Name"]
+        if name and _ACCELERATOR_PACKAGES.fullmatch(name):
+            versions[name] = distribution.version
+    return versions
 
 
 def _describe_checkout(root: Path) -> dict[str, Any] | None:
@@ -87,13 +105,10 @@ def _describe_cpu() -> dict[str, Any]:
 
 
 def _describe_memory() -> dict[str, int | None]:
-    """Bytes; `limit` is the container's, None without one."""
     available = re.search(r"^MemAvailable:\s*(\d+) kB$", _text_of("/proc/meminfo"), re.MULTILINE)
-    limit = _text_of("/sys/fs/cgroup/memory.max").strip()
     return {
         "total_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "available_bytes": int(available[1]) * 1024 if available else None,
-        "limit_bytes": int(limit) if limit.isdigit() else None,
     }
 
 
@@ -106,6 +121,7 @@ def _describe_devices() -> dict[str, Any]:
         memory = jax.local_devices()[0].memory_stats() or {}  # None on CPU
         return {
             "backend": jax.default_backend(),
+            "platform_version": " ".join(devices[0].client.platform_version.split()),
             "kinds": kinds,
             "count": len(devices),
             "local_count": jax.local_device_count(),
@@ -117,23 +133,13 @@ def _describe_devices() -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def _nvidia_driver() -> str | None:
+def _describe_drivers() -> dict[str, str]:
+    """Of accelerators, as the kernel knows them; what JAX says of its own stands with the devices."""
     first_line = _text_of("/proc/driver/nvidia/version").partition("\n")[0]
-    return first_line.removeprefix("NVRM version:").strip() or None
-
-
-def _package_versions() -> dict[str, str]:
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    for distribution in importlib.metadata.distributions():
-        name = distribution.metadata["Name"]
-        if name and _ACCELERATOR_PACKAGES.fullmatch(name):
-            versions[name] = distribution.version
-    return versions
+    found = {"nvidia": first_line.removeprefix("NVRM version:").strip()}
+    tpus = [path for pattern in ("accel*", "vfio/[0-9]*") for path in sorted(Path("/dev").glob(pattern))]
+    found["tpu"] = ", ".join(map(str, tpus))
+    return {name: value for name, value in found.items() if value}
 
 
 def _text_of(path: str) -> str:

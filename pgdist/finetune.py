@@ -16,7 +16,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from pgdist import cluster, weights
+from pgdist import cluster, health, heartbeat, weights
 from pgdist.checkpoint import Checkpoints
 from pgdist.config import validate_config
 from pgdist.data.bad_records import BadRecordLog, BadShare
@@ -26,6 +26,7 @@ from pgdist.errors import ConfigError
 from pgdist.job import Job
 from pgdist.models.paligemma import PaliGemma
 from pgdist.parameters import flatten, merge
+from pgdist.stop import StopVoted
 from pgdist.telemetry import MetricWriter
 from pgdist.train.loop import Loop
 from pgdist.train.state import TrainState
@@ -55,15 +56,26 @@ def finetune(
 ) -> Finetuned:
     """Fine-tunes as the config says, going on from the newest checkpoint in `workdir` if there is one.
 
-    config: see `pgdist.config.default_config`.  should_stop: asked after each update; True saves and raises
-    Preempted.
+    config: see `pgdist.config.default_config`.  should_stop: asked before each update, with the number made, and
+    while evaluating; True in any process saves after the same update in all, and raises Preempted.
     fork: go on in a workdir that another config began.  writers: take the metrics beside metrics.jsonl and
     TensorBoard.  devices: those to use; all by default.
     All processes of a job call this together. Raises UserError subclasses for what its user can mend.
     """
+    heartbeat.beat("loading")
     validate_config(config)
-    job = Job(config, Workdir(workdir), devices=devices)
-    data = fingerprint(job.train_source)
+    health.check(config)
+    with Workdir(workdir) as folder:
+        job = Job(config, folder, devices=devices)
+        return _finetune(job, should_stop=should_stop, fork=fork, writers=writers)
+
+
+def _finetune(
+    job: Job, *, should_stop: Callable[[int], bool], fork: bool, writers: Sequence[MetricWriter]
+) -> Finetuned:
+    config, data = job.config, fingerprint(job.train_source)
+    base = weights.fingerprint(config.init) if config.init else "none"
+    health.compare({"training data": data, "config.init (checksums)": base}, name="inputs")
     job.workdir.check(config, fork=fork, data=data)
     job.log_descriptions()
     frozen, state = job.load_weights()
@@ -76,7 +88,7 @@ def finetune(
             state = checkpoints.restore(abstract)
         if state.step > config.steps:
             raise ConfigError(
-                f"config.steps={config.steps}, but --workdir={workdir} holds step {state.step} already. "
+                f"config.steps={config.steps}, but --workdir={job.workdir.name} holds step {state.step} already. "
                 "Train for more steps with --fork, or use a new --workdir."
             )
         # Only now, when nothing wrong with weights or checkpoints can stop the run, is it one of this config.
@@ -99,8 +111,13 @@ def _train(
     with contextlib.closing(job.open_writers(first, writers)) as writer, job.open_batches(first) as batches:
 
         def evaluate(step: int, state: TrainState) -> dict[str, float]:
+            def before_batch() -> None:
+                heartbeat.beat("evaluating")
+                if cluster.any_process(should_stop(step)):
+                    raise StopVoted
+
             found.clear()  # an evaluation on the way has fewer metrics than the first one
-            found.update(job.evaluate(step, state, frozen))
+            found.update(job.evaluate(step, state, frozen, before_batch=before_batch))
             return dict(found)
 
         job.forget_predictions(after=first)
@@ -108,8 +125,6 @@ def _train(
             job.write_examples()
         if first == config.steps:
             logging.info("All %d steps are done already; evaluating what is there.", first)
-        if job.must_evaluate_first(first):
-            writer.write(first, evaluate(first, state))
         loop = Loop(
             step=job.train_step,
             frozen=frozen,
@@ -124,6 +139,7 @@ def _train(
             checkpoint_every=config.checkpoint.every,
             evaluate=evaluate,
             evaluate_every=config.eval.every,
+            evaluate_first=job.must_evaluate_first(first),
             should_stop=should_stop,
             bad_records=BadRecordLog(job.workdir.bad_records(jax.process_index())),
             bad_share=BadShare(
@@ -134,6 +150,7 @@ def _train(
             patience=config.patience,
         )
         state = loop.run(state)
+    heartbeat.beat("finishing")
     params = merge(state.trainable, frozen)
     if config.export:
         cluster.together(lambda: weights.save(job.workdir.model, flatten(params)))

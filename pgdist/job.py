@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -114,7 +114,10 @@ class Job:
             weights.fingerprint(self.config.init) if self.config.init else f"random, seed {self.config.seed}"
         )
         return Checkpoints(
-            self.workdir.checkpoints, keep=self.config.checkpoint.keep, belongs_to={"base_weights": base}
+            self.workdir.checkpoints,
+            keep=self.config.checkpoint.keep,
+            belongs_to={"base_weights": base},
+            before_save=self.workdir.sync,
         )
 
     def open_batches(self, first_step: int) -> HostBatches:
@@ -155,16 +158,23 @@ class Job:
         is_done = cluster.all_agree(not cluster.is_primary() or self.workdir.predictions(step).exists())
         return step in (0, self.config.steps) or (due and not is_done)
 
-    def evaluate(self, step: int, state: TrainState, frozen: PyTree) -> dict[str, float]:
-        """Metrics of the state by name, none without validation data; its predictions go to the workdir."""
+    def evaluate(
+        self, step: int, state: TrainState, frozen: PyTree, *, before_batch: Callable[[], None]
+    ) -> dict[str, float]:
+        """Metrics of the state by name, none without validation data; its predictions go to the workdir.
+
+        before_batch: called before each; what it raises, in all processes at once, ends the evaluation.
+        """
         if self.evaluator is None:
             return {}
         config = self.config.eval
         at_an_end = step in (0, self.config.steps)
         limit = (config.final_examples or None) if at_an_end else config.examples
-        losses = self.evaluator.validation_loss(state.trainable, frozen)
+        losses = self.evaluator.validation_loss(state.trainable, frozen, before_batch=before_batch)
         found = {f"validation/{name}": value for name, value in losses.items()}
-        answers = list(self.evaluator.predict(state.trainable, frozen, limit=limit))
+        answers = list(
+            self.evaluator.predict(state.trainable, frozen, limit=limit, before_batch=before_batch)
+        )
         predictions = [answer for answer in answers if answer.error is None]
         self._judge_errors([answer.error for answer in answers if answer.error is not None], of=len(answers))
         if at_an_end:

@@ -4,22 +4,25 @@
     metrics.jsonl tb/ examples.jsonl predictions/ report.html     what to look at
     checkpoints/ model.npz bad_records.jsonl
 
-Process 0 writes what a job has only one of.
+Process 0 writes what a job has only one of. In a bucket (gs://...) checkpoints are written there; the rest is
+written to a local folder, from which each process copies what it has written (`pgdist.files`).
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import jax
+from absl import logging
 from ml_collections import ConfigDict
 
-from pgdist import cluster
+from pgdist import cluster, files
 from pgdist.errors import ConfigError
 
 # Fields that change where and how fast a run goes, not what it computes: a run may go on with others.
@@ -28,24 +31,57 @@ _FREE_FIELDS = ("mesh.", "checkpoint.", "data.workers", "data.max_bad_share", "m
 # Fields that decide which arrays a checkpoint holds, and so whether a run can go on from it at all.
 _CHECKPOINT_FIELDS = ("init", "model.preset", "optimizer.name", "trainable")
 
+# In a bucket these are not copied here when a run goes on: they are large, or others' affair.
+_NOT_FETCHED = ("checkpoints", "checkpoints_damaged", "model.npz", "logs", "attempts", "compilation_cache")
+
 
 class Workdir:
-    """The paths of one run's files; process 0 alone writes what the job has one of."""
+    """The paths of one run's files; process 0 alone writes what the job has one of.
+
+    A context manager, for whoever writes: at its end all is where `path` says, or the error says what is not.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """path: `~` is the home folder. ConfigError for a URL, which would become a folder `gs:` here."""
-        if re.match(r"\w+://", os.fspath(path)):
-            raise ConfigError(f"--workdir={path}: expected a local folder, found a URL. Mount the bucket.")
-        self.path = Path(path).expanduser()
+        """path: a local folder, in which `~` is the home folder, or gs://BUCKET/FOLDER; ConfigError for others."""
+        self.name = os.fspath(path)  # as its user calls it
+        self._files = files.open_folder(path)
+        self.path = self._files.local
         self.config = self.path / "config.json"
         self.environment = self.path / "env.json"
         self.parameters = self.path / "parameters.json"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tb"
         self.examples = self.path / "examples.jsonl"
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = (files.folder(path) if files.is_url(path) else self.path) / "checkpoints"
         self.model = self.path / "model.npz"
         self.data = self.path / "data.json"
+
+    def __enter__(self) -> Workdir:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            # All wait: who left first would be waiting in JAX's shutdown, which gives up after minutes.
+            cluster.together(self._files.close)
+            return
+        try:
+            self._files.close()
+        except ConfigError as unfinished:
+            logging.error("%s", unfinished)  # what ends the run is more important
+
+    def sync(self) -> None:
+        """Returns when all that is written by now is where `path` says; complains where that fails."""
+        try:
+            self._files.flush()
+        except ConfigError as error:
+            logging.warning("%s It is tried again.", error)
+
+    def fetch_model(self) -> Path:
+        """A local path of the trained model; nothing is there where the run has none yet."""
+        self._files.fetch_file(self.model.name)
+        return self.model
 
     def predictions(self, step: int) -> Path:
         """What the evaluation after `step` updates decoded."""
@@ -59,6 +95,7 @@ class Workdir:
 
     def read_config(self) -> dict[str, Any] | None:
         """The config that a run recorded here, nested; None without one. ConfigError where it is damaged."""
+        self._files.fetch_file(self.config.name)
         try:
             config = json.loads(self.config.read_text())
         except (FileNotFoundError, NotADirectoryError):
@@ -75,15 +112,23 @@ class Workdir:
         data: what the training data is, as `pgdist.data.jsonl.fingerprint` tells it; "" is not compared.
         Changes nothing, so that what goes wrong before the run has begun leaves no run of its config behind.
         """
+        cluster.together(self._fetch)
         cluster.on_primary(lambda: self._check(config, fork=fork, data=data))
 
     def make(self) -> None:
         """Makes the folder; ConfigError where that fails although `check` saw no reason."""
         cluster.on_primary(self._make)
+        self._files.start()
 
     def record(self, config: ConfigDict, *, data: str = "") -> None:
         """Writes config and data into the folder; a different config stays as config_before_fork_N.json."""
         cluster.on_primary(lambda: self._record(config, data=data))
+
+    def _fetch(self) -> None:
+        if cluster.is_primary():
+            self._files.fetch(skip=_NOT_FETCHED)
+        else:
+            self._files.fetch_file(self.bad_records(jax.process_index()).name)
 
     def _check(self, config: ConfigDict, *, fork: bool, data: str) -> None:
         there = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
@@ -99,7 +144,7 @@ class Workdir:
             if lasting := ", ".join(field for field in different if field in _CHECKPOINT_FIELDS):
                 advice = f"Use a new --workdir: checkpoints of other arrays are in this one ({lasting})."
             raise ConfigError(
-                f"--workdir={self.path} holds another run (there -> here):\n" + "\n".join([*lines, advice])
+                f"--workdir={self.name} holds another run (there -> here):\n" + "\n".join([*lines, advice])
             )
 
     def _make(self) -> None:
@@ -110,6 +155,11 @@ class Workdir:
             probe.unlink()
         except OSError as error:
             raise self._unwritable(error.strerror or str(error)) from error
+        if files.is_url(remote := self.checkpoints.parent):
+            with files.blaming(remote):
+                probe = remote / ".writable"
+                probe.write_text("")
+                probe.unlink()
 
     def _record(self, config: ConfigDict, *, data: str) -> None:
         if self._differences(config):
@@ -139,13 +189,13 @@ class Workdir:
 
     def _unwritable(self, found: str) -> ConfigError:
         return ConfigError(
-            f"--workdir={self.path}: expected a folder that can be made and written, found: {found}. "
+            f"--workdir={self.name}: expected a folder that can be made and written, found: {found}. "
             "Name another one."
         )
 
     def _damaged(self, found: str) -> ConfigError:
         return ConfigError(
-            f"{self.config}: expected a run's config as JSON, found: {found}. Mend it, or use a new "
+            f"{self.name}/{self.config.name}: expected a run's config as JSON, found: {found}. Mend it, or use a new "
             "--workdir."
         )
 

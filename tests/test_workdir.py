@@ -170,8 +170,8 @@ def test_a_folder_that_nobody_can_make_is_an_error():
 def test_a_url_is_not_taken_for_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    with pytest.raises(ConfigError, match="gs://bucket/run.*URL"):
-        Workdir("gs://bucket/run")
+    with pytest.raises(ConfigError, match="s3://bucket/run: expected a local folder or gs://"):
+        Workdir("s3://bucket/run")
     assert list(tmp_path.iterdir()) == []
 
 

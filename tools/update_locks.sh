@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes requirements.lock and requirements-parity.lock anew, from setup.py, with the newest releases. Needs uv.
+# Writes requirements.lock, and those of tests that need more, anew from setup.py, with the newest releases. Needs uv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -22,3 +22,5 @@ compile "What the scripts in tools/ install, for every Python from 3.11 on. Made
 transformers=$(grep -o 'transformers==[0-9.]*' setup.py)
 compile "On top of requirements.lock, for tests/parity; torch comes after it. Made by tools/update_locks.sh." \
   requirements-parity.lock --constraint requirements.lock - < <(printf '%s\n' "$transformers" "${torch_needs[@]}")
+compile "On top of requirements.lock, for tests/buckets. Made by tools/update_locks.sh." \
+  requirements-buckets.lock --constraint requirements.lock setup.py --extra buckets

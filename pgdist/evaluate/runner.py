@@ -27,6 +27,10 @@ from pgdist.train.objective import BatchLoss
 PyTree = Any
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction:
     """An answer beside its example, or the reason why there is none.
@@ -59,13 +63,16 @@ class Evaluator:
     metric: Metric
     validation_step: Callable[[PyTree, PyTree, Mapping[str, jax.Array]], BatchLoss] | None = None
 
-    def validation_loss(self, trainable: PyTree, frozen: PyTree) -> dict[str, float]:
+    def validation_loss(
+        self, trainable: PyTree, frozen: PyTree, *, before_batch: Callable[[], None] = _nothing
+    ) -> dict[str, float]:
         """Over all examples: {"loss": their mean in nats, "token_accuracy": of the likeliest token}."""
         assert self.validation_step is not None
         sharding = batch_sharding(self.mesh)
         sums: BatchLoss | None = None
         with self._batches(limit=None, prompt_only=False) as batches:
             for batch in batches:
+                before_batch()
                 placed = put_batch(batch.arrays, sharding=sharding, batch_size=self.batch_size)
                 placed.pop("index")  # 64 bits wide, and nothing on the device needs it
                 found = self.validation_step(trainable, frozen, placed)
@@ -78,7 +85,14 @@ class Evaluator:
             "token_accuracy": total.correct_tokens / max(1.0, total.tokens),
         }
 
-    def predict(self, trainable: PyTree, frozen: PyTree, *, limit: int | None = None) -> Iterator[Prediction]:
+    def predict(
+        self,
+        trainable: PyTree,
+        frozen: PyTree,
+        *,
+        limit: int | None = None,
+        before_batch: Callable[[], None] = _nothing,
+    ) -> Iterator[Prediction]:
         """One prediction for each of all examples or the first `limit`, in order."""
         decoder = Decoder(
             model=self.model,
@@ -90,7 +104,8 @@ class Evaluator:
         )
         reasons: dict[int, str] = {}
         with self._batches(limit=limit, prompt_only=True) as batches:
-            for answer in decoder.decode_batches(merge(trainable, frozen), _note_reasons(batches, reasons)):
+            noted = _note_reasons(batches, reasons, before_batch)
+            for answer in decoder.decode_batches(merge(trainable, frozen), noted):
                 if answer.valid:
                     yield self._prediction(answer.index, self.tokenizer.decode(answer.tokens))
                 else:
@@ -127,9 +142,12 @@ class Evaluator:
         )
 
 
-def _note_reasons(batches: Iterable[HostBatch], reasons: dict[int, str]) -> Iterator[HostBatch]:
+def _note_reasons(
+    batches: Iterable[HostBatch], reasons: dict[int, str], before_batch: Callable[[], None]
+) -> Iterator[HostBatch]:
     """The batches unchanged; what is wrong with their bad records goes into `reasons` by example id."""
     for batch in batches:
+        before_batch()
         for index, record in zip(batch.arrays["index"].tolist(), batch.records, strict=True):
             if isinstance(record, BadRecord):
                 reasons[index] = str(record)

@@ -9,18 +9,20 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
+from pgdist import cluster, heartbeat
 from pgdist.checkpoint import Checkpoints
 from pgdist.data.bad_records import BadRecordLog, BadShare
 from pgdist.data.loader import HostBatch
 from pgdist.errors import DivergedError, Preempted
 from pgdist.mesh import batch_sharding, put_batch
+from pgdist.stop import StopVoted
 from pgdist.telemetry import MetricWriter
 from pgdist.train.state import TrainState
 from pgdist.train.step import TrainStep
@@ -33,8 +35,9 @@ class Loop:
     """Everything a run's loop touches. Null objects stand for what a run does without.
 
     batches: this process's rows of each step from `state.step` on.  evaluate: called with (updates made,
-    state); returns metrics.  should_stop: asked after every update, with the same answer in every process.
-    sequence_length: tokens that the decoder reads an example, image and text.
+    state); returns metrics, or raises StopVoted in all processes.  should_stop: asked before every update with
+    the number made, in each process for itself: one True anywhere stops all after the same update, the one
+    after the next.  sequence_length: tokens that the decoder reads an example, image and text.
     """
 
     step: TrainStep
@@ -50,6 +53,7 @@ class Loop:
     checkpoint_every: int
     evaluate: Callable[[int, TrainState], dict[str, float]]
     evaluate_every: int
+    evaluate_first: bool
     should_stop: Callable[[int], bool]
     bad_records: BadRecordLog
     bad_share: BadShare
@@ -63,47 +67,68 @@ class Loop:
         """
         first = int(state.step)
         log = _StepLog(self)
+        if cluster.any_process(self.should_stop(first)):  # asked for while all was loading
+            self._stop(first, state, log)
+        if self.evaluate_first:
+            self._evaluate(first, state, log)
+        heartbeat.beat("compiling", step=first)
         for step in range(first, self.total_steps):
-            batch = self._next_batch(log)
+            batch = self._next_batch(log, wishes_to_stop=self.should_stop(step))
             state, metrics = self.step(state, self.frozen, batch)
             log.add(step, metrics)
             done = step + 1
-            stop = self.should_stop(done)
-            if stop or done % self.checkpoint_every == 0 or done == self.total_steps:
+            if log.stop_is_voted and done < self.total_steps:
+                self._stop(done, state, log)
+            if done % self.checkpoint_every == 0 or done == self.total_steps:
                 # Look at the loss, then save, and only then fetch the next batch: what is on disk is never a
                 # state whose loss nobody has seen.
                 log.flush()
                 self._save(done, state, log)
-            if stop:
-                self.checkpoints.wait()
-                raise Preempted(
-                    f"Stopped as asked after step {done} of {self.total_steps}; the state is saved: "
-                    "start again to go on."
-                )
             if done == self.total_steps or (self.evaluate_every and done % self.evaluate_every == 0):
                 log.flush()
-                started = time.perf_counter()
-                found = self.evaluate(done, state)
-                seconds = time.perf_counter() - started
-                log.exclude(seconds)
-                self.writer.write(done, found | {"time/evaluation_seconds": seconds})
+                self._evaluate(done, state, log)
         return state
 
-    def _next_batch(self, log: _StepLog) -> dict[str, jax.Array]:
+    def _next_batch(self, log: _StepLog, *, wishes_to_stop: bool) -> dict[str, jax.Array]:
         started = time.perf_counter()
         batch = next(self.batches)
         log.data_wait_seconds += time.perf_counter() - started
         for record in self.bad_records.add(batch.bad):
             logging.warning("Bad record, its row is masked: %s", record)
         arrays = {name: array for name, array in batch.arrays.items() if name != "index"}
+        arrays["stop"] = np.full(len(batch.arrays["index"]), wishes_to_stop, np.float32)
         return put_batch(arrays, sharding=batch_sharding(self.mesh), batch_size=self.batch_size)
 
+    def _evaluate(self, step: int, state: TrainState, log: _StepLog) -> None:
+        heartbeat.beat("evaluating", step=step)
+        started = time.perf_counter()
+        try:
+            found = self.evaluate(step, state)
+        except StopVoted:
+            self._stop(step, state, log)
+        seconds = time.perf_counter() - started
+        log.exclude(seconds)
+        self.writer.write(step, found | {"time/evaluation_seconds": seconds})
+        heartbeat.beat("stepping")
+
+    def _stop(self, step: int, state: TrainState, log: _StepLog) -> NoReturn:
+        log.flush()
+        self._save(step, state, log)
+        heartbeat.beat("saving")
+        self.checkpoints.wait()
+        raise Preempted(
+            f"Stopped as asked after step {step} of {self.total_steps}; the state is saved: "
+            "start again to go on."
+        )
+
     def _save(self, step: int, state: TrainState, log: _StepLog) -> None:
+        heartbeat.beat("saving", step=step)
         started = time.perf_counter()
         self.checkpoints.save(step, state)
         seconds = time.perf_counter() - started
         log.exclude(seconds)
         self.writer.write(step, {"time/checkpoint_seconds": seconds})
+        heartbeat.beat("stepping")
 
 
 class _StepLog:
@@ -116,6 +141,7 @@ class _StepLog:
         self._told_of_truncation = False
         self._last_read = time.perf_counter()
         self.data_wait_seconds = 0.0
+        self.stop_is_voted = False
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Queues the metrics of a step that was just dispatched and reads those of the one before."""
@@ -133,6 +159,8 @@ class _StepLog:
         step, metrics = self._pending
         self._pending = None
         found = {name: float(np.asarray(value)) for name, value in metrics.items()}
+        heartbeat.beat("stepping", step=step + 1)
+        self.stop_is_voted |= found["stop"] > 0
         now = time.perf_counter()
         seconds, self._last_read = now - self._last_read, now
         # The parts of the time since the last step do not overlap: waiting for data is told apart from

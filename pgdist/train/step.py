@@ -35,8 +35,8 @@ def make_train_step(
 
     Metrics are float32[]: loss (mean over examples, nats), grad_norm (before clipping), relative_rate (of
     the schedule), examples and tokens (unmasked rows and their scored tokens), truncated (rows whose text
-    did not fit), finite (1 if loss, gradients and updated parameters were). A step that is not finite
-    changes nothing but the step counter.
+    did not fit), finite (1 if loss, gradients and updated parameters were), stop (1 if any row's batch["stop"]
+    is: some process wishes to stop). A step that is not finite changes nothing but the step counter.
     """
 
     def step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -76,6 +76,7 @@ def make_train_step(
             "tokens": sums.tokens,
             "truncated": jnp.sum(batch["truncated"]),
             "finite": finite.astype(jnp.float32),
+            "stop": jnp.max(batch["stop"]),
         }
         return new_state, metrics
 

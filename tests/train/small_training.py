@@ -62,4 +62,5 @@ def batch_of_step(step: int) -> dict[str, np.ndarray]:
     prefixes, suffixes = rng.integers(2, 7, BATCH).tolist(), rng.integers(1, 8, BATCH).tolist()
     batch = random_batch(CONFIG, prefixes=prefixes, suffixes=suffixes, length=14, seed=step)
     batch["weight"][step % BATCH] = 0.0
+    batch["stop"] = np.zeros(BATCH, np.float32)
     return batch

@@ -21,6 +21,7 @@ from pgdist.data.loader import HostBatch
 from pgdist.errors import DataError, DivergedError, Preempted
 from pgdist.finetune import finetune
 from pgdist.mesh import make_mesh
+from pgdist.stop import StopVoted
 from pgdist.train.loop import Loop
 from pgdist.train.state import TrainState
 from tests.tiny_runs import assert_same_bits, host, losses, read_jsonl, tiny_config, write_inputs
@@ -100,6 +101,7 @@ def loop(
             "tokens": 10.0,
             "truncated": batch["truncated"].sum(),
             "finite": float(finite),
+            "stop": batch["stop"].max(),
         }
         return state.replace(step=np.int32(number + 1)), metrics
 
@@ -122,6 +124,7 @@ def loop(
         "checkpoint_every": 4,
         "evaluate": evaluate,
         "evaluate_every": 5,
+        "evaluate_first": False,
         "should_stop": lambda updates: False,
         "bad_records": BadRecordLog(tmp_path / "bad_records.jsonl"),
         "bad_share": BadShare(num_examples=100, max_share=0.1),
@@ -197,24 +200,45 @@ def test_a_loop_goes_on_from_the_step_of_its_state_and_a_finished_one_does_nothi
     assert finished.events == []
 
 
-@pytest.mark.parametrize("stop_at", [3, 4, 10])
+@pytest.mark.parametrize("stop_at", [3, 4, 9])
 def test_a_stop_saves_and_waits_and_says_so(tmp_path, stop_at):
     notes = Notes()
 
     with pytest.raises(Preempted, match=f"after step {stop_at} of 10.*start again") as stopped:
-        loop(tmp_path, notes, should_stop=lambda updates: updates == stop_at).run(state_after(0))
+        loop(tmp_path, notes, should_stop=lambda updates: updates == stop_at - 2).run(state_after(0))
 
     assert stopped.value.exit_code == 42
     assert notes.events[-3:] == [("look", stop_at), ("save", stop_at), ("wait", stop_at)]
     assert notes.steps_of("fetch") == list(range(stop_at))
 
 
-def test_should_stop_is_asked_after_each_update_and_never_else(tmp_path):
+def test_a_stop_asked_for_while_loading_saves_before_the_first_update(tmp_path):
+    notes = Notes()
+
+    with pytest.raises(Preempted, match="after step 7 of 10"):
+        loop(tmp_path, notes, should_stop=lambda updates: True, evaluate_first=True).run(state_after(7))
+
+    assert notes.events == [("save", 7), ("wait", 7)]
+
+
+def test_a_stop_in_an_evaluation_saves_the_state_that_was_evaluated(tmp_path):
+    notes = Notes()
+
+    def evaluate(updates: int, state: TrainState) -> dict[str, float]:
+        raise StopVoted
+
+    with pytest.raises(Preempted, match="after step 5 of 10"):
+        loop(tmp_path, notes, evaluate=evaluate).run(state_after(0))
+
+    assert notes.events[-2:] == [("save", 5), ("wait", 5)]
+
+
+def test_should_stop_is_asked_before_each_update(tmp_path):
     asked: list[int] = []
 
     loop(tmp_path, Notes(), should_stop=lambda updates: asked.append(updates) or False).run(state_after(2))
 
-    assert asked == list(range(3, 11))
+    assert asked == [2, *range(2, 10)]  # once more before the first, for what came while loading
 
 
 def test_losses_that_are_not_finite_beyond_patience_end_the_run_unsaved(tmp_path):

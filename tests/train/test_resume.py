@@ -55,7 +55,7 @@ def run(inputs):
                     pgdist.finetune.finetune(
                         tiny_config(inputs, **{"mesh.data": data}),
                         workdir=workdir,
-                        should_stop=lambda step: step == stop_at,
+                        should_stop=lambda step: stop_at is not None and step == stop_at - 2,
                         devices=devices,
                     ).params
                 )
