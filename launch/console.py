@@ -10,6 +10,7 @@ from pgdist import __version__
 
 COMMANDS = {
     "train": "fine-tune a model",
+    "submit": "start a job here or on a cluster; status, logs and cancel",
     "predict": "answer prompts about images",
     "env": "what a bug report needs: versions, devices, settings",
 }

@@ -8,6 +8,7 @@ with code 134, and the mistake of one looks like the loss of a machine.
 
 from __future__ import annotations
 
+import faulthandler
 import logging as python_logging
 import multiprocessing
 import os
@@ -43,6 +44,9 @@ def run(main: Callable[..., None], *, name: str, usage: str, positional: str = "
     positional: how `--help` writes the arguments that are no flags, such as "[IMAGE...]"; `main` is called
     with them.  Without it such arguments are a mistake, and `main` is called with none.
     """
+
+    # An agent asks a process that hangs where it does.
+    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
 
     def parse(argv: Sequence[str]) -> list[str]:
         if help_text.is_wanted(argv):
@@ -145,8 +149,14 @@ def _fails_with_all() -> bool:
 
 
 def _tells_of_a_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another process ended; JAX has no exception of its own for it."""
-    return _has_peers() and type(error).__name__ == "JaxRuntimeError" and bool(_LOST_PEER.search(str(error)))
+    """Whether a collective failed because another process ended; JAX has no exception of its own for it, and
+    reading an array that one should have filled raises ValueError.
+    """
+    return (
+        _has_peers()
+        and type(error).__name__ in ("JaxRuntimeError", "ValueError")
+        and bool(_LOST_PEER.search(str(error)))
+    )
 
 
 def _has_peers() -> bool:

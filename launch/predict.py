@@ -61,12 +61,13 @@ def main(*more_images: str) -> None:
     images = [*_IMAGES.value, *more_images]
     _check_flags(images)
     stdout = membership.join_job()
-    from pgdist import cluster
+    from pgdist import cluster, health
     from pgdist.config import check_values
     from pgdist.inference import load_model, read_run_config
 
     config = _CONFIG.value or read_run_config(_WORKDIR.value)
     check_values(config)
+    health.check(config)
     # Devices need not be those of the training run.
     config.mesh.data, config.mesh.fsdp = 1, -1
     weights = _find_weights(config)
@@ -104,7 +105,7 @@ def _find_weights(config: ConfigDict) -> str:
         if not config.init:
             raise ConfigError("config.init names no weights to decode with: give --weights=FILE.npz")
         return config.init
-    path = Workdir(_WORKDIR.value).model
+    path = Workdir(_WORKDIR.value).fetch_model()
     if not path.exists():
         raise WeightsError(
             f"{path}: no such file: the run has not finished, or config.export was off. Start launch.train "

@@ -9,11 +9,15 @@ config, 3 bad data or weights, 4 diverged, 42 stopped with its state saved, 43 a
 
 from __future__ import annotations
 
+import os
+
 from absl import flags, logging
 from ml_collections import config_flags
 
 from launch import entry, membership
+from pgdist import heartbeat
 from pgdist.errors import Preempted
+from pgdist.stop import StopRequest
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Python file with get_config(); fields: --config.a.b=VALUE."
@@ -25,18 +29,21 @@ _FORK = flags.DEFINE_bool("fork", False, "Go on in a workdir that a run of anoth
 def main() -> None:
     """Reads the flags, joins the job, trains."""
     entry.require("config", "workdir")
-    membership.join_job()
-    from pgdist import cluster
-    from pgdist.finetune import finetune
+    # An agent counts the signals itself, and everybody may have been sent them.
+    with StopRequest(second_ends=heartbeat.VARIABLE not in os.environ) as stop:
+        heartbeat.beat("starting")
+        membership.join_job()
+        from pgdist import cluster
+        from pgdist.finetune import finetune
 
-    try:
-        with cluster.StopRequest() as stop:
-            finetune(_CONFIG.value, workdir=_WORKDIR.value, should_stop=stop.is_requested, fork=_FORK.value)
-    except Preempted:
-        cluster.leave()  # all stop at the same step: nobody may go while another still writes
-        raise
-    logging.info("Done. See report.html and model.npz in %s.", _WORKDIR.value)
-    cluster.leave()
+        try:
+            finetune(_CONFIG.value, workdir=_WORKDIR.value, should_stop=stop.is_wanted, fork=_FORK.value)
+        except Preempted:
+            cluster.leave()  # all stop at the same step: nobody may go while another still writes
+            raise
+        if cluster.is_primary():
+            logging.info("Done. See report.html and model.npz in %s.", _WORKDIR.value)
+        cluster.leave()
 
 
 if __name__ == "__main__":

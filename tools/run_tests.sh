@@ -9,5 +9,5 @@ source tools/venv.sh
 venv=${PGDIST_VENV:-.venv}
 ensure_venv "$venv"
 [ $# -gt 0 ] || "$venv/bin/python" -m ruff check .
-exec "$venv/bin/python" -m pytest -m "not slow and not multiprocess and not parity" \
+exec "$venv/bin/python" -m pytest -m "not slow and not multiprocess and not parity and not slurm and not ssh" \
   --numprocesses=logical --maxprocesses=8 --dist=worksteal "$@"

@@ -31,7 +31,7 @@ def test_the_example_of_the_api_page_fine_tunes_and_answers(tmp_path: Path):
 
 
 def test_every_file_that_a_page_links_to_exists():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -78,7 +78,7 @@ COMMAND_LINE = {
         r"--workdir=0.png/new: expected a folder .*/0.png is a file",
     ),
     "workdir is a URL": Case(
-        "train --config=config.py --workdir=gs://b/new", 2, r"gs://b/new: expected a local folder"
+        "train --config=config.py --workdir=s3://b/new", 2, r"s3://b/new: expected a local folder or gs://"
     ),
 }
 
