@@ -42,11 +42,17 @@ def beat(phase: Phase, *, step: int | None = None) -> None:
     if not path:
         return
     text = json.dumps({"phase": phase, "step": _last_step, "time": time.time()})
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
     try:
-        os.pwrite(descriptor, text.ljust(_BYTES).encode(), 0)
-    finally:
-        os.close(descriptor)
+        os.makedirs(
+            os.path.dirname(path), exist_ok=True
+        )  # temporary folders are tidied up, sometimes too soon
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            os.pwrite(descriptor, text.ljust(_BYTES).encode(), 0)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        pass  # no reason to end a run
 
 
 def read_beat(path: Path) -> Beat | None:

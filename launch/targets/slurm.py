@@ -23,7 +23,7 @@ from launch.submission import Submission, read_record
 from launch.targets import slurm_allocation
 from launch.targets import slurm_scheduler as slurm
 from launch.targets.slurm_follow import INTERVAL, Follower, Tail
-from launch.targets.slurm_script import Resources, log_path, parse_time, render
+from launch.targets.slurm_script import Resources, log_folder, log_name, parse_time, render
 from pgdist.errors import ConfigError
 
 _NODES = flags.DEFINE_integer("nodes", None, "Nodes; by default 1, in an allocation all.", lower_bound=1)
@@ -79,14 +79,15 @@ def start(submission: Submission) -> int:
         return slurm_allocation.run(submission, resources)
     script = render(submission, resources)
     slurm.require_command("sbatch")
-    Path(log_path(submission).replace("%%", "%")).parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(log_folder(submission))
+    folder.mkdir(parents=True, exist_ok=True)
     _refuse_second(submission)
     job_id = slurm.submit(script, flags=_given())
     slurm.refuse_hopeless(job_id, flags=_given())
-    log = log_path(submission).replace("%j", job_id).replace("%%", "%")
-    submission.record(target="slurm", job_id=job_id, log=log)
+    log = folder / log_name(job_id)
+    submission.record(target="slurm", job_id=job_id, log=str(log))
     print(f"pgdist: Slurm has it as job {job_id}; its log is {log}", file=sys.stderr)
-    return 0 if submission.detach else _follow(submission.workdir, job_id=job_id, log=Path(log))
+    return 0 if submission.detach else _follow(submission.workdir, job_id=job_id, log=log)
 
 
 def status(record: dict[str, Any]) -> str:
@@ -232,11 +233,11 @@ def _check_lines() -> None:
 
 
 def _stop(job_id: str, *, again: bool) -> bool:
-    """Asks a running job to save and end, takes a waiting one from the queue; whether there was one."""
+    """Asks a running job to save and end, takes another one from the queue; whether there was one."""
     state = slurm.state(job_id)
     if state is not None and state.has_ended:
         return False
-    if again or (state is not None and state.is_waiting):
+    if again or (state is not None and not state.is_running):
         slurm.cancel(job_id)
     else:
         slurm.ask_to_stop(job_id)

@@ -39,6 +39,7 @@ _REFUSALS = (
     ),
     (r"unrecognized option|invalid option", "--sbatch_line", "sbatch has no such option"),
 )
+_NO_JOB = "Invalid job id specified"
 _NO_SLURM = r"configuration source|unable to process configuration"
 
 # What a job waits for that does not come by waiting: Slurm's word, and as above.
@@ -73,9 +74,14 @@ class State:
         return self.word in _ENDED
 
     @property
+    def is_running(self) -> bool:
+        """Whether its script runs, and hears signals."""
+        return self.word in ("RUNNING", "SIGNALING", "STOPPED", "SUSPENDED")
+
+    @property
     def is_waiting(self) -> bool:
         """Whether it is in the queue."""
-        return not self.has_ended and self.word not in ("RUNNING", "COMPLETING")
+        return not self.has_ended and not self.is_running and self.word != "COMPLETING"
 
     def describe(self) -> str:
         """For people: "RUNNING on n[1-2], restart 3"."""
@@ -130,7 +136,7 @@ def state(job_id: str) -> State | None:
     done = _run(["scontrol", "--oneliner", "show", "job", job_id])
     if done.returncode == 0:
         return parse_job(done.stdout)
-    if "Invalid job id" not in done.stderr:
+    if _NO_JOB not in done.stderr:
         return None
     return _from_accounting(job_id) or State(word="UNKNOWN")
 
@@ -164,10 +170,14 @@ def ask_to_stop(job_id: str) -> None:
 
 
 def signal_step(job_id: str, step: str, signal: str) -> bool:
-    """Sends the signal to all tasks of the job's step of that name; whether there is one."""
+    """Sends the signal to all tasks of the job's step of that name; whether that was done."""
     listed = _run(["squeue", "--noheader", "--steps", f"--job={job_id}", "--format=%i %j"])
     steps = [line.split()[0] for line in listed.stdout.splitlines() if line.split()[1:] == [step]]
-    return bool(steps) and _run(["scancel", f"--signal={signal}", *steps]).returncode == 0
+    if not steps:
+        return False
+    sent = _run(["scancel", f"--signal={signal}", *steps])
+    # scancel fails as well when it has signalled all, and the job has nodes on which the step has no task.
+    return sent.returncode == 0 or _NO_JOB in sent.stderr
 
 
 def hostnames(node_list: str) -> list[str]:

@@ -117,18 +117,22 @@ def agent_words(
     return submission.agent_command(*flags, python=resources.python)
 
 
-def log_path(submission: Submission) -> str:
-    """Where Slurm is to write what the job prints, as an absolute path with %j for the job's id.
+def log_folder(submission: Submission) -> str:
+    """Where Slurm is to write what the job prints, an absolute path.
 
-    Raises ConfigError for a path that Slurm cannot write to.
+    Raises ConfigError for one that Slurm cannot write to.
     """
     if not submission.workdir or "://" in submission.workdir:
-        folder = os.getcwd()
-    else:
-        folder = os.path.join(os.path.abspath(os.path.expanduser(submission.workdir)), "logs")
+        return os.getcwd()
+    folder = os.path.join(os.path.abspath(os.path.expanduser(submission.workdir)), "logs")
     if "\\" in folder:
         raise ConfigError(f"{folder}: Slurm writes no log into a folder with a backslash in its name")
-    return os.path.join(folder.replace("%", "%%"), "slurm-%j.log")
+    return folder
+
+
+def log_name(job_id: str) -> str:
+    """The file in `log_folder`; Slurm makes it up itself for the job "%j"."""
+    return f"slurm-{job_id}.log"
 
 
 def parse_time(text: str) -> int | None:
@@ -159,7 +163,7 @@ def _header(submission: Submission, resources: Resources) -> list[str]:
         "partition": resources.partition,
         "account": resources.account,
         "qos": resources.qos,
-        "output": log_path(submission),
+        "output": os.path.join(log_folder(submission).replace("%", "%%"), log_name("%j")),
         "open-mode": "append",
         "signal": f"B:TERM@{resources.signal_ahead}",
     }

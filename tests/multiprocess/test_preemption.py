@@ -30,7 +30,7 @@ import pgdist.checkpoint, pgdist.job
 
 def slowed(call):
     def slow(*arguments, **named):
-        time.sleep(1.5)
+        time.sleep(1.0)
         return call(*arguments, **named)
     return slow
 
@@ -145,7 +145,7 @@ def test_a_second_signal_ends_all_at_once_and_harms_nothing(config_file, tmp_pat
 
 def test_a_job_that_does_not_save_in_time_is_ended(inputs, tmp_path):
     config = write_config(tmp_path / "config.py", tiny_config(inputs))
-    config.write_text(SLOW.replace("1.5", "300") + config.read_text())
+    config.write_text(SLOW.replace("1.0", "300") + config.read_text())
     command = ["launch.train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
     with LocalJob("--devices_per_process=2", "--grace=2", command=command, workdir=tmp_path / "run") as job:
         job.wait_for_beat(lambda beat: beat.phase == "loading")

@@ -21,7 +21,9 @@ def slurm_cluster() -> Iterator[Cluster]:
         pytest.skip(message)
     folder = Path(tempfile.mkdtemp(prefix="pgdist_slurm_"))  # short: a socket's path has 107 characters
     folder.chmod(0o755)
-    cluster = Cluster(folder)
-    yield cluster
-    cluster.close()
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        cluster = Cluster(folder)
+        yield cluster
+        cluster.close()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

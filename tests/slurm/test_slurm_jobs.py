@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from tests.slurm.cluster import Cluster
@@ -24,7 +25,7 @@ from tests.tiny_runs import ROOT, assert_same_bits, losses, tiny_config, write_c
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
-STEPS = 24
+STEPS = 20
 SECONDS_TO_COME_BACK = 8.0  # by when a job that had been put back would run
 SAVE_ALWAYS = "--config.checkpoint.every=1"  # which also makes steps slow enough to come between them
 DETACHED = ("--to=slurm", "--nodes=2", "--detach")
@@ -40,7 +41,7 @@ def config(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(slurm_cluster, config, tmp_path_factory) -> Path:
     """The workdir of a job from beginning to end, followed by the command that started it."""
-    workdir = tmp_path_factory.mktemp("undisturbed") / "a b;$(touch x)"
+    workdir = tmp_path_factory.mktemp("undisturbed") / "a b;$(touch x) 100%j"
     done = submit(slurm_cluster, "--to=slurm", "--nodes=2", *training(config, workdir))
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"step {STEPS}/{STEPS}" in done.stdout and "COMPLETED" in done.stderr
@@ -178,6 +179,30 @@ def test_in_an_allocation_a_job_runs_at_once_and_again_after_a_loss(
     assert shell.returncode == 0, output
     assert job.codes() == [43, 0] and "restart 1 of 10" in output
     assert_as_if_undisturbed(workdir, undisturbed)
+
+
+def test_ctrl_c_in_an_allocation_saves_and_ends_the_job_on_some_of_its_nodes(slurm_cluster, config, tmp_path):
+    workdir = tmp_path / "work"
+    own = ["--to=slurm", "--in_allocation", "--nodes=1", *training(config, workdir, SAVE_ALWAYS)]
+    with subprocess.Popen(
+        ["salloc", "--nodes=2", sys.executable, "-m", "launch.submit", *own],
+        env=environment(slurm_cluster),
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as shell:
+        job = Job(slurm_cluster, workdir)
+        job.until(lambda: job.processes(0, attempt=0)["processes"][0]["phase"] != "starting")
+        (command,) = [
+            child for child in psutil.Process(shell.pid).children() if "launch.submit" in child.cmdline()
+        ]
+        command.send_signal(signal.SIGINT)
+        output, _ = shell.communicate(timeout=SECONDS)
+
+    assert shell.returncode == 42, output
+    assert job.codes() == [42] and "preempted, state saved" in output
 
 
 def test_each_process_of_a_node_gets_its_own_gpu(slurm_cluster, tmp_path):
