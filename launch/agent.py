@@ -15,25 +15,28 @@ import contextlib
 import os
 import secrets
 import shutil
-import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
 
 from launch import entry
-from launch.attempts import LEASE_INTERVAL, Attempt, Attempts
+from launch.attempts import LEASE_INTERVAL, Attempt, Attempts, LeaseLostError
 from launch.devices import gpus_of_each_process
-from launch.link import AgentLink, NoLink, connect, listen, split_address
+from launch.gathering import Place, Plan, check_shared, gather, report_to_first_host
+from launch.link import split_address
+from launch.log_view import show
 from launch.processes import Process
+from launch.requests_to_stop import StopRequests
+from launch.submission import MODULES
 from launch.supervisor import SILENCE, Outcome, Rules, Supervisor, processes_log
-from launch.verdict import PEER_LOST, PREEMPTED, decide
+from launch.verdict import PEER_LOST, PREEMPTED, Decision, backoff_seconds, decide, is_restartable
 from pgdist import files
-from pgdist.errors import ConfigError, PeerLostError, Preempted, UserError
+from pgdist.errors import ConfigError, Preempted, UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; for a command without one, leave it out.")
 _PROCESSES = flags.DEFINE_integer("processes", 1, "Processes on this host.", lower_bound=1)
@@ -76,41 +79,7 @@ _END_WITH_STDIN = flags.DEFINE_bool(
     "the launcher at the other end is gone, end all.",
 )
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _SAVES_ITS_STATE = "launch.train"  # the module that has something to save when it is asked to stop
-_MODULES = (_SAVES_ITS_STATE, "launch.predict", "launch.env")
-_LONGEST_BACKOFF = 300.0
-_STOPPED_EARLY = "Asked to stop before all hosts had come; nothing was started."
-_TOKEN_SECONDS = 60.0  # until another host must see the first one's file; NFS may cache a missing one for 30
-
-
-class _Requests:
-    """Signals, and lines of a launcher, that ask to stop."""
-
-    def __init__(self) -> None:
-        self._new = 0
-        self.total = 0
-        self.launcher_is_gone = False
-        for number in _SIGNALS:
-            signal.signal(number, lambda number, frame: self._add())
-        if _END_WITH_STDIN.value:
-            threading.Thread(target=self._read, daemon=True, name="launcher").start()
-
-    def take(self) -> int:
-        """Those since the last call."""
-        new, self._new = self._new, 0
-        return new
-
-    def _add(self, count: int = 1) -> None:
-        self._new += count
-        self.total += count
-
-    def _read(self) -> None:
-        for line in sys.stdin:
-            if line.strip() in ("stop", "kill"):
-                self._add(1 if line.strip() == "stop" else 2)
-        self.launcher_is_gone = True
-        self._add(2)
 
 
 class Agent:
@@ -123,35 +92,44 @@ class Agent:
         self._hosts = _HOSTS.value
         self._job_id = _JOB_ID.value or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self._attempts = Attempts(_WORKDIR.value or str(scratch / "workdir"))
-        self._log_files = files.open_folder(
-            f"{_WORKDIR.value or scratch / 'workdir'}/logs"
-        )  # a copy of a bucket's
+        # Of a bucket, a local copy that is copied back.
+        self._log_files = files.open_folder(f"{_WORKDIR.value or scratch / 'workdir'}/logs")
         self._logs = self._log_files.local
         self._rules = Rules(silence=_silence(_SILENCE.value), grace=_GRACE.value)
-        self._ranks = [int(rank) for rank in _RANKS.value] if _RANKS.value else None
+        self._ranks = _ranks(_RANKS.value)
         self._gpus = gpus_of_each_process(_GPUS.value, processes=_PROCESSES.value)
-        self._requests = _Requests()
+        self._requests = StopRequests(from_stdin=_END_WITH_STDIN.value)
+        self._place = Place(
+            host=self._host,
+            hosts=self._hosts,
+            processes=_PROCESSES.value,
+            job_id=self._job_id,
+            rendezvous=_RENDEZVOUS.value,
+            timeout=_JOIN_TIMEOUT.value,
+            was_stopped=lambda: self._requests.total > 0,
+            say=self._say,
+        )
 
     def run(self) -> int:
-        """Runs the job to its end, again after a failure where that is this agent's affair; its code."""
+        """Runs the job to its end, again after a failure where that is this agent's affair; its code.
+
+        Raises UserError for what keeps the job from starting.
+        """
+        if self._attempts.is_cancelled(job_id=self._job_id):
+            raise Preempted(f"Job {self._job_id} was cancelled; nothing was started.")
         self._log_files.fetch_file(f"agent_{self._host:03d}.log")
         self._log_files.start()
-        with contextlib.closing(self._log_files):
+        try:
             return self._run()
+        finally:
+            self._try(self._log_files.close)
 
     def _run(self) -> int:
         while True:
             attempt = self._attempts.claim(job_id=self._job_id) if self._host == 0 else None
-            started = time.time()
             try:
-                try:
-                    outcome = self._run_attempt(attempt)
-                except UserError as error:  # before any process was started
-                    if attempt is not None:
-                        failed = Outcome(code=error.exit_code, reason=str(error))
-                        self._write_verdict(attempt, failed, started=started, detected=time.time())
-                    raise
-                if self._hosts > 1 or self._requests.total or not self._may_try_again(outcome):
+                outcome = self._run_attempt(attempt)
+                if self._hosts > 1 or not self._may_try_again(outcome, attempt):
                     return PEER_LOST if self._requests.launcher_is_gone else outcome.code
                 decision = decide(
                     workdir=self._attempts.workdir,
@@ -160,30 +138,38 @@ class Agent:
                     max_restarts=_MAX_RESTARTS.value,
                 )
                 self._say(f"code {decision.code}: {decision.reason}")
-                if not decision.restart:
+                if not decision.restart or not self._pause(decision, attempt):
                     return decision.code
-                failed = outcome.code != PREEMPTED
-                seconds = (
-                    min(_LONGEST_BACKOFF, _BACKOFF.value * 2 ** (decision.failures - 1)) if failed else 0.0
-                )
-                if not self._pause(seconds, attempt):
-                    return outcome.code
             finally:
                 if attempt is not None:
-                    attempt.release()
+                    self._try(attempt.release)
 
-    def _may_try_again(self, outcome: Outcome) -> bool:
-        return bool(_MAX_RESTARTS.value) and (outcome.code in (PREEMPTED, PEER_LOST) or outcome.code >= 128)
+    def _may_try_again(self, outcome: Outcome, attempt: Attempt) -> bool:
+        """Whether this agent is the one to start the job again: nobody has asked it to stop, or taken over."""
+        return (
+            _MAX_RESTARTS.value > 0
+            and is_restartable(outcome.code)
+            and not self._requests.total
+            and self._attempts.numbers()[-1] == attempt.number
+        )
 
     def _run_attempt(self, attempt: Attempt | None) -> Outcome:
         started = time.time()
-        if attempt is not None:
-            link, plan = self._gather(attempt)
-        else:
-            link, plan = self._report_to_first_host()
-            attempt = self._attempts.attempt(plan["attempt"])
         try:
-            if error := self._check_shared(attempt, plan["token"]):
+            if attempt is not None:
+                link, plan = gather(self._place, attempt)
+            else:
+                link, plan = report_to_first_host(self._place)
+        except UserError as error:
+            if attempt is not None:
+                failed = Outcome(code=error.exit_code, reason=str(error))
+                self._try(lambda: self._write_verdict(attempt, failed, started=started, detected=time.time()))
+            raise
+        attempt = attempt or self._attempts.attempt(plan.attempt)
+        with contextlib.closing(link):
+            if not _WORKDIR.value:
+                attempt.folder.mkdir(parents=True, exist_ok=True)
+            elif error := check_shared(self._place, attempt, workdir=_WORKDIR.value, token=plan.token):
                 link.send(kind="failing", reason=error, lost=False)
                 link.send(kind="ended", codes=[ConfigError.exit_code])
                 raise ConfigError(error)
@@ -200,101 +186,18 @@ class Agent:
                 say=self._say,
             )
             outcome = supervisor.run()
-            attempt.write_host(self._host, supervisor.facts())
+            self._try(lambda: attempt.write_host(self._host, supervisor.facts()))
             if self._host == 0:
-                self._write_verdict(attempt, outcome, started=started, detected=supervisor.detected)
-            return outcome
-        finally:
-            link.close()
-
-    def _gather(self, attempt: Attempt) -> tuple[AgentLink | NoLink, dict]:
-        """On the first host: waits for the others' agents and tells them what to start."""
-        if self._hosts == 1:
-            port = _free_port("127.0.0.1")
-            return NoLink(), {
-                "attempt": attempt.number,
-                "token": attempt.token,
-                "first_process": 0,
-                "num_processes": _PROCESSES.value,
-                "coordinator": f"127.0.0.1:{port}",
-            }
-        link, hellos = listen(
-            _RENDEZVOUS.value,
-            hosts=self._hosts,
-            job_id=self._job_id,
-            timeout=_JOIN_TIMEOUT.value,
-            say=self._say,
-            gave_up=lambda: self._requests.total > 0,
-        )
-        if self._requests.total:
-            raise Preempted(_STOPPED_EARLY)
-        counts = [_PROCESSES.value, *(hellos[host]["processes"] for host in range(1, self._hosts))]
-        address, _ = split_address(_RENDEZVOUS.value)
-        plan = {
-            "attempt": attempt.number,
-            "token": attempt.token,
-            "num_processes": sum(counts),
-            # Another port than the agents', and a new one for each attempt: the last one may still be closing.
-            "coordinator": f"{f'[{address}]' if ':' in address else address}:{_free_port('')}",
-        }
-        for host in range(1, self._hosts):
-            link.send_to(host, kind="start", first_process=sum(counts[:host]), **plan)
-        return link, plan | {"first_process": 0}
-
-    def _report_to_first_host(self) -> tuple[AgentLink, dict]:
-        """On another host: waits for what the first one says."""
-        hello = {
-            "host": self._host,
-            "name": socket.gethostname(),
-            "processes": _PROCESSES.value,
-            "job_id": self._job_id,
-        }
-        try:
-            link = connect(
-                _RENDEZVOUS.value,
-                hello=hello,
-                timeout=_JOIN_TIMEOUT.value,
-                say=self._say,
-                gave_up=lambda: self._requests.total > 0,
-            )
-        except PeerLostError as error:
-            raise (Preempted(_STOPPED_EARLY) if self._requests.total else error) from error
-        end = time.monotonic() + _JOIN_TIMEOUT.value
-        while time.monotonic() < end and not self._requests.total:
-            for message in link.receive():
-                if message["kind"] == "start":
-                    return link, message
-                if message["kind"] == "refused":
-                    raise ConfigError(f"host 0 refused this one: {message['why']}")
-                if message["kind"] == "given_up":
-                    raise PeerLostError(f"host 0 has given up: {message['why']}")
-                if message["kind"] == "lost":
-                    raise PeerLostError(f"host 0 was lost before it started the job: {message['why']}")
-            time.sleep(0.05)
-        if self._requests.total:
-            raise Preempted(_STOPPED_EARLY)
-        raise PeerLostError(f"host 0 did not start the job within {_JOIN_TIMEOUT.value:g} s")
-
-    def _check_shared(self, attempt: Attempt, token: str) -> str:
-        """What is wrong where this host does not see the first one's workdir; "" where it does."""
-        if not _WORKDIR.value:
-            attempt.folder.mkdir(parents=True, exist_ok=True)
-            return ""
-        end = time.monotonic() + min(_TOKEN_SECONDS, _JOIN_TIMEOUT.value)
-        while attempt.token != token:
-            if time.monotonic() > end:
-                return (
-                    f"host {self._host} ({socket.gethostname()}) does not see in --workdir={_WORKDIR.value} what "
-                    "host 0 has written there: it must lie on a filesystem that all hosts share, under one path"
+                self._try(
+                    lambda: self._write_verdict(
+                        attempt, outcome, started=started, detected=supervisor.detected
+                    )
                 )
-            if not files.is_url(_WORKDIR.value):
-                os.listdir(os.path.dirname(os.path.expanduser(_WORKDIR.value)) or ".")  # makes NFS look again
-            time.sleep(0.2)
-        return ""
+            return outcome
 
-    def _start(self, plan: dict, attempt: Attempt) -> list[Process]:
+    def _start(self, plan: Plan, attempt: Attempt) -> list[Process]:
         self._logs.mkdir(parents=True, exist_ok=True)
-        count, first = plan["num_processes"], plan["first_process"]
+        count, first = plan.num_processes, plan.first_process
         self._say(
             f"attempt {attempt.number}: process {first} to {first + _PROCESSES.value - 1} of {count}, "
             f"logs in {self._logs}"
@@ -318,15 +221,15 @@ class Agent:
             )
         return processes
 
-    def _variables(self, plan: dict, attempt: Attempt, *, number: int, local: int) -> dict[str, str]:
+    def _variables(self, plan: Plan, attempt: Attempt, *, number: int, local: int) -> dict[str, str]:
         variables = {
             "PGDIST_HEARTBEAT": str(self._scratch / f"process_{number}"),
             "PGDIST_ATTEMPT": f"{attempt.number:03d}",
             "PYTHONUNBUFFERED": "1",
         }
-        if plan["num_processes"] > 1:
-            variables["PGDIST_COORDINATOR"] = plan["coordinator"]
-            variables["PGDIST_NUM_PROCESSES"] = str(plan["num_processes"])
+        if plan.num_processes > 1:
+            variables["PGDIST_COORDINATOR"] = plan.coordinator
+            variables["PGDIST_NUM_PROCESSES"] = str(plan.num_processes)
             variables["PGDIST_PROCESS_ID"] = str(number)
         if _DEVICES.value:
             variables["PGDIST_FAKE_DEVICES"] = str(_DEVICES.value)
@@ -356,33 +259,45 @@ class Agent:
             }
         )
 
-    def _pause(self, seconds: float, attempt: Attempt) -> bool:
-        """Waits, holding the workdir; whether it was not asked to stop meanwhile."""
+    def _pause(self, decision: Decision, attempt: Attempt) -> bool:
+        """Waits, holding the workdir; whether nobody has asked to stop or taken the workdir meanwhile."""
+        seconds = 0.0 if decision.code == PREEMPTED else backoff_seconds(_BACKOFF.value, decision.failures)
         end, next_beat = time.monotonic() + seconds, time.monotonic()
         while time.monotonic() < end and not self._requests.total:
             if time.monotonic() >= next_beat:
-                attempt.keep()
                 next_beat += LEASE_INTERVAL
+                try:
+                    attempt.keep()
+                except LeaseLostError as error:
+                    self._say(f"the workdir was taken over: {error}")
+                    return False
+                except Exception as error:
+                    self._say(f"cannot write into {attempt.folder}: {error}")
             time.sleep(0.05)
         return not self._requests.total
+
+    def _try(self, action: Callable[[], None]) -> None:
+        """Does what is no reason to end otherwise than the job has ended."""
+        try:
+            action()
+        except Exception as error:  # a full disk; a bucket, whose errors are many
+            self._say(f"at the end: {error}")
 
     def _say(self, text: str) -> None:
         """On the terminal, and in a log of the agent's own: a detached one has no terminal."""
         name = "agent" if self._hosts == 1 else f"agent {self._host}"
-        print(f"pgdist {name}: {text}", file=sys.stderr, flush=True)
-        try:
+        show(f"pgdist {name}: {text}", sys.stderr)
+        with contextlib.suppress(OSError):
             self._logs.mkdir(parents=True, exist_ok=True)
             with (self._logs / f"agent_{self._host:03d}.log").open("a", encoding="utf-8") as log:
                 log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        except OSError:
-            pass  # the terminal has it
 
 
 def main(module: str = "", *arguments: str) -> None:
     """Reads the flags and runs the job."""
-    if module not in _MODULES:
+    if module not in MODULES:
         raise ConfigError(
-            f"expected a command after --, one of {', '.join(_MODULES)}, as in: python -m launch.agent --workdir=W "
+            f"expected a command after --, one of {', '.join(MODULES)}, as in: python -m launch.agent --workdir=W "
             f"-- launch.train --config=... --workdir=W; found {module!r}"
         )
     if _HOSTS.value > 1:
@@ -414,6 +329,8 @@ def _silence(given: list[str]) -> dict:
             if phase not in SILENCE:
                 raise ValueError
             limits[phase] = float(seconds)
+            if not limits[phase] > 0:
+                raise ValueError
         except ValueError:
             raise ConfigError(
                 f"--silence={item}: expected PHASE=SECONDS with one of the phases {', '.join(SILENCE)}"
@@ -421,10 +338,10 @@ def _silence(given: list[str]) -> dict:
     return limits
 
 
-def _free_port(host: str) -> int:
-    with socket.socket() as free:
-        free.bind((host, 0))
-        return free.getsockname()[1]
+def _ranks(given: list[str]) -> list[int] | None:
+    if not all(rank.isdecimal() for rank in given):
+        raise ConfigError(f"--ranks={','.join(given)}: expected numbers of processes, as in 0,3")
+    return [int(rank) for rank in given] or None
 
 
 if __name__ == "__main__":

@@ -87,14 +87,22 @@ class Attempts:
 
     def count_restart(self, *, job_id: str, failed: bool) -> int:
         """Notes one more failure, or else one more preemption, of the job; returns its failures so far."""
-        path = self.folder / "restarts.json"
-        counts = read_json(path)
-        if counts.get("job_id") != job_id:
-            counts = {"job_id": job_id, "failures": 0, "preemptions": 0}
+        counts = self._counts(job_id)
         counts["failures" if failed else "preemptions"] += 1
+        counts["last_attempt"] = max(self.numbers(), default=-1)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, counts)
+        write_json(self.folder / "restarts.json", counts)
         return counts["failures"]
+
+    def is_new(self, attempt: Attempt, *, job_id: str) -> bool:
+        """Whether `count_restart` has not been called since the attempt began."""
+        return attempt.number > self._counts(job_id)["last_attempt"]
+
+    def _counts(self, job_id: str) -> _Record:
+        counts = read_json(self.folder / "restarts.json")
+        if counts.get("job_id") != job_id:
+            counts = {"job_id": job_id, "failures": 0, "preemptions": 0, "last_attempt": -1}
+        return counts
 
     def cancel(self, *, job_id: str) -> None:
         """Marks the job as one that is not to be started again."""
@@ -166,8 +174,7 @@ class Attempt:
 
     def is_alive(self, holder: _Record) -> bool:
         """Whether the holder of the lease still runs; elsewhere, whether it beats while we watch."""
-        here = _identity()
-        if all(holder.get(name) == here[name] for name in ("host", "boot", "namespace")):
+        if is_this_machine(holder):
             return holder["pid"] != os.getpid() and start_time(holder["pid"]) == holder["started"]
         end = time.monotonic() + LEASE_SECONDS
         while time.monotonic() < end:
@@ -191,6 +198,12 @@ def read_json(path: epath.Path) -> _Record:
 def write_json(path: epath.Path, value: _Record) -> None:
     """Replaces the file as a whole."""
     files.write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def is_this_machine(holder: _Record) -> bool:
+    """Whether the process ids of a lease's holder are those of here."""
+    here = _identity()
+    return all(holder.get(name) == here[name] for name in ("host", "boot", "namespace"))
 
 
 def _identity() -> _Record:

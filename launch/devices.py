@@ -30,8 +30,8 @@ def gpus_of_each_process(chosen: str, *, processes: int) -> list[list[str]]:
 
 def _all_gpus() -> list[str]:
     """Those that this host, or its scheduler's share of it, has."""
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return visible.split(",")
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [gpu for gpu in visible.split(",") if gpu]
     try:
         listed = subprocess.run(
             ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],

@@ -20,7 +20,7 @@ def describe_attempts(workdir: str) -> str:
     lines = []
     for number in attempts.numbers():
         attempt = attempts.attempt(number)
-        lines.append(f"attempt {number}: {_describe(attempt)}")
+        lines.append(f"attempt {number}: {_describe(attempt, is_newest=number == attempts.numbers()[-1])}")
     newest = attempts.newest()
     for host in newest.hosts() if newest else []:
         for process in host.get("processes", []):
@@ -31,12 +31,12 @@ def describe_attempts(workdir: str) -> str:
     return "\n".join(lines) if lines else "no attempt has begun yet"
 
 
-def _describe(attempt: Attempt) -> str:
+def _describe(attempt: Attempt, *, is_newest: bool) -> str:
     verdict, lease = attempt.verdict(), attempt.lease()
     if verdict:
         seconds = verdict["ended"] - verdict["started"]
         return f"code {verdict['code']} after {seconds:.0f} s: {verdict['reason']}"
-    if lease and not lease["ended"] and attempt.is_alive(lease):
+    if is_newest and lease and not lease["ended"] and attempt.is_alive(lease):
         return f"running (agent {lease['pid']} on {lease['host']})"
     return "ended without a verdict: its agent was killed"
 
@@ -51,12 +51,12 @@ def is_running(workdir: str) -> bool:
 def follow_logs(workdir: str, *, follow: bool) -> None:
     """Prints the logs of all processes; with `follow` until the job has ended.  ConfigError without any."""
     logs_folder = files.open_folder(f"{workdir}/logs")
-    logs_folder.fetch()  # with a workdir in a bucket: what there is now
     folder = logs_folder.local
     views: dict[Path, LogView] = {}
     running = True
     while running:
         running = follow and is_running(workdir)
+        logs_folder.fetch()  # of a workdir in a bucket
         logs = {int(path.stem.rpartition("_")[2]): (path, 0) for path in sorted(folder.glob("process_*.log"))}
         new = {number: log for number, log in logs.items() if log[0] not in views}
         for log, view in zip(new.values(), view_logs(new, ranks=None), strict=True):

@@ -12,7 +12,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from pgdist.errors import ConfigError, PeerLostError
@@ -31,7 +31,7 @@ class Link(Protocol):
     def send(self, **message: Any) -> None:
         """Sends to whoever is still there; never blocks for long and raises nothing."""
 
-    def receive(self) -> list[Message]:
+    def receive(self) -> Iterable[Message]:
         """What has come since, each with its `host`; {"kind": "lost"} once for a host that is gone."""
 
     def close(self) -> None:
@@ -67,6 +67,9 @@ class _Connection:
 
     def start(self, lines: Any) -> None:
         threading.Thread(target=self._read, args=(lines,), daemon=True, name=f"link-{self.host}").start()
+
+    def deliver_to(self, inbox: queue.Queue[Message]) -> None:
+        self._inbox = inbox
 
     def send(self, message: Message) -> None:
         try:
@@ -118,16 +121,14 @@ class AgentLink:
             if connection.host == host:
                 connection.send(message)
 
-    def receive(self) -> list[Message]:
-        """What has come since the last call."""
+    def receive(self) -> Iterator[Message]:
+        """What has come; what the caller does not take stays for the next call."""
         for connection in self._connections:
             if time.monotonic() - connection.last_heard > LOST_AFTER:
                 connection.lose(f"nothing was heard of it for {LOST_AFTER:g} s")
-        found = []
         with contextlib.suppress(queue.Empty):
             while True:
-                found.append(self._inbox.get_nowait())
-        return found
+                yield self._inbox.get_nowait()
 
     def close(self) -> None:
         """Ends all connections."""
@@ -171,6 +172,8 @@ def listen(
         started = said = time.monotonic()
         while len(connections) < hosts - 1 and not gave_up():
             now = time.monotonic()
+            for host in [host for host, connection in connections.items() if connection.is_lost]:
+                del connections[host], hellos[host]  # it may come again: a pod that was restarted
             missing = ", ".join(str(host) for host in range(1, hosts) if host not in connections)
             if now - started > timeout:
                 for connection in connections.values():
@@ -184,7 +187,23 @@ def listen(
                 say(f"waiting for host {missing} of {hosts} at {address}")
                 said = now
             _accept(server, connections, hellos, inbox=inbox, hosts=hosts, job_id=job_id)
-    return AgentLink(list(connections.values()), inbox), hellos
+    return AgentLink(list(connections.values()), _without_replaced(inbox, connections)), hellos
+
+
+def _without_replaced(
+    inbox: queue.Queue[Message], connections: dict[int, _Connection]
+) -> queue.Queue[Message]:
+    """The messages but for the loss of a host that has come again since."""
+    kept: queue.Queue[Message] = queue.Queue()
+    for connection in connections.values():
+        connection.deliver_to(kept)
+    with contextlib.suppress(queue.Empty):
+        while True:
+            message = inbox.get_nowait()
+            connection = connections.get(message["host"])
+            if message["kind"] != "lost" or (connection is not None and connection.is_lost):
+                kept.put(message)
+    return kept
 
 
 def _accept(

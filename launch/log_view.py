@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Collection
@@ -12,7 +13,7 @@ _COLOURS = (36, 33, 35, 32, 34, 96, 93, 95)  # ANSI foregrounds that are readabl
 _BLOCK = 2**16  # bytes
 
 # What Gloo prints of each connection, a line of two processes mixed now and then; the log keeps it.
-_NOISE = re.compile(r"\[Gloo\]|connected peer ranks|^\s*\d*$")
+_NOISE = re.compile(r"\[Gloo\]|connected peer ranks|^[\s\d]+is connected to")
 
 
 class LogView:
@@ -44,7 +45,17 @@ class LogView:
         # What overwrites its line on a terminal, as progress bars do, is shown as it looks in the end.
         text = line.decode("utf-8", errors="replace").rstrip("\r").rpartition("\r")[2]
         if not _NOISE.search(text):
-            print(f"{self._prefix}{text}", file=out)
+            show(f"{self._prefix}{text}", out)
+
+
+def show(text: str, out: TextIO) -> None:
+    """Prints a line; where nobody reads any more (a closed terminal, a pipe whose reader has gone) nothing from then
+    on: the job goes on, and the logs have it all.
+    """
+    try:
+        print(text, file=out, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 
 def view_logs(

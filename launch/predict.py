@@ -24,6 +24,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from launch import entry, membership
+from pgdist import heartbeat
 from pgdist.errors import ConfigError, DataError, WeightsError
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def main(*more_images: str) -> None:
     """Reads the flags, loads the model, answers."""
     images = [*_IMAGES.value, *more_images]
     _check_flags(images)
+    heartbeat.beat("starting")
     stdout = membership.join_job()
     from pgdist import cluster, health
     from pgdist.config import check_values
@@ -74,6 +76,7 @@ def main(*more_images: str) -> None:
     _check_out([_DATA.value or "", weights, *images])
     # Before the weights, which may take minutes to load.
     source = _open_data(config) if _DATA.value else None
+    heartbeat.beat("loading")
     loaded = load_model(config, weights)
     answers = _answer_data(config, loaded, source) if source else _answer_images(config, loaded, images)
     _write(answers, stdout)
@@ -185,6 +188,7 @@ def _write(answers: Iterator[Prediction], stdout: IO[str]) -> None:
     first = next(answers)  # a run that fails before it leaves no file behind
     with _open_out(_OUT.value if cluster.is_primary() else None) as out:
         for answer in itertools.chain([first], answers):
+            heartbeat.beat("evaluating")
             if answer.error is not None:
                 errors.append(answer.error)
             if cluster.is_primary():

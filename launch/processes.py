@@ -22,6 +22,8 @@ from pgdist.heartbeat import Beat, Phase, read_beat
 STACKS_SIGNAL = signal.SIGUSR1  # `launch.entry` makes every command print its stacks at it
 
 _POLL_SECONDS = 0.01
+_SECONDS_TO_DIE = 10.0
+_KILLED = 128 + signal.SIGKILL
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -47,7 +49,8 @@ class Process:
         self.log = log
         self.log_start = log.stat().st_size if log.exists() else 0
         self.code: int | None = None
-        self.was_ended: str = ""  # why the agent has ended it
+        self.was_ended = ""  # why the agent has ended it
+        self._meaning = PEER_LOST
         self.beat: Beat | None = None
         self.beats: dict[Phase, float] = {}  # when each phase was first seen, seconds since the epoch
         self.is_told_to_stop = False
@@ -119,21 +122,25 @@ class Process:
         self.signal(STACKS_SIGNAL)
         self.signal(signal.SIGCONT)  # one that was stopped takes no signals
 
-    def kill(self, *, why: str) -> None:
+    def kill(self, *, why: str, meaning: int = PEER_LOST) -> None:
         """Ends it and what it has started; its end is then the agent's doing.
 
-        why: "" where its own end by SIGKILL is to count.
+        why: "" where its own end by SIGKILL is to count.  meaning: the code that counts instead.
         """
         if self.code is not None:
             return
-        self.was_ended = self.was_ended or why
+        self.was_ended, self._meaning = self.was_ended or why, meaning
         self._end_group()
 
     def wait(self) -> None:
-        """Waits for the end of one that was killed."""
-        while self.code is None:
+        """Waits for the end of one that was killed; not for ever: in a system call that hangs nothing ends it."""
+        end = time.monotonic() + _SECONDS_TO_DIE
+        while self.code is None and time.monotonic() < end:
             self.look()
             time.sleep(_POLL_SECONDS)
+        if self.code is None:
+            self.code = self._process.returncode = _KILLED
+            self.was_ended += ", which it has not heeded: it hangs in the kernel"
 
     def end_children(self) -> None:
         """Ends what an ended process has left behind."""
@@ -142,14 +149,14 @@ class Process:
     def _end_group(self) -> None:
         try:
             os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
+        except (ProcessLookupError, PermissionError):  # none are left, as Linux and macOS say it
             pass
 
     @property
     def verdict_code(self) -> int:
         """What its end means for the job: one that the agent ended was lost with the one that failed."""
         assert self.code is not None
-        return PEER_LOST if self.was_ended else self.code
+        return self._meaning if self.was_ended and self.code == _KILLED else self.code
 
     def describe_place(self) -> str:
         """What it did last, for people: "stepping after step 12"."""
@@ -160,7 +167,7 @@ class Process:
         """How it ended, for people."""
         if self.code is None:
             return "running"
-        if self.was_ended:
+        if self.was_ended and self.code == _KILLED:
             return f"ended by its agent: {self.was_ended}"
         if self.code >= 128 and self.code - 128 in signal.valid_signals():
             return f"killed by {signal.Signals(self.code - 128).name}"

@@ -16,6 +16,7 @@ from launch.job_status import is_running
 from pgdist import files
 from pgdist.errors import ConfigError
 
+MODULES = ("launch.train", "launch.predict", "launch.env")  # what a job can be
 RECORD = "submitted.json"  # in the workdir
 
 
@@ -77,11 +78,11 @@ def read_record(workdir: str) -> dict[str, Any]:
     path = files.folder(workdir) / RECORD
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
             f"--workdir={workdir}: no job was submitted with this workdir ({path} is not there)"
         ) from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: expected what submit wrote, found: {error}") from error
 
 

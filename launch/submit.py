@@ -23,7 +23,7 @@ from absl import flags
 from launch import entry
 from launch.command_line import given_flags, nearest
 from launch.job_status import describe_attempts
-from launch.submission import Submission, default_name, read_record
+from launch.submission import MODULES, Submission, default_name, read_record
 from pgdist.errors import ConfigError
 
 TARGETS = {
@@ -34,7 +34,6 @@ TARGETS = {
     "ssh": "hosts that ssh reaches",
 }
 ACTIONS = ("status", "logs", "cancel")
-MODULES = ("launch.train", "launch.predict", "launch.env")
 
 _TO = flags.DEFINE_enum("to", None, list(TARGETS), "Where to start the job.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would be run or applied, and do nothing.")

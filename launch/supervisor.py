@@ -20,7 +20,7 @@ from launch.attempts import LEASE_INTERVAL, Attempt, LeaseLostError
 from launch.link import Link, Message
 from launch.log_view import view_logs
 from launch.processes import Process
-from launch.verdict import PEER_LOST, PREEMPTED, verdict
+from launch.verdict import PEER_LOST, PERMANENT, PREEMPTED, verdict
 from pgdist.heartbeat import Phase
 
 STOPPED_SECONDS = 4.0  # a process may be stopped (SIGSTOP, a debugger) before it counts as lost
@@ -185,15 +185,16 @@ class Supervisor:
 
     def _judge(self) -> None:
         """Looks for processes that have failed, are stopped, or have fallen silent."""
+        ended = [p for p in self._processes if p.code is not None and p.number not in self._judged]
+        # Of several that have ended at once, the one whose end explains the others' gives the reason.
+        for process in sorted(ended, key=lambda p: p.code not in PERMANENT):
+            self._judged.add(process.number)
+            process.end_children()
+            self._judge_end(process)
         for process in self._processes:
-            if process.code is not None:
-                if process.number not in self._judged:
-                    self._judged.add(process.number)
-                    process.end_children()
-                    self._judge_end(process)
-            elif self._reason:
+            if process.code is not None or self._reason:
                 continue
-            elif process.stopped_since and time.monotonic() - process.stopped_since > STOPPED_SECONDS:
+            if process.stopped_since and time.monotonic() - process.stopped_since > STOPPED_SECONDS:
                 self._hang(f"process {process.number} is stopped (SIGSTOP), in {process.describe_place()}")
             elif process.silent_seconds() > self._rules.silence[process.phase]:
                 self._hang(
@@ -256,17 +257,21 @@ class Supervisor:
     def _end_what_is_late(self) -> None:
         if self._deadline is None or time.monotonic() < self._deadline:
             return
-        if not self._reason and any(p.code is None for p in self._processes):
-            self._fail(f"not done {self._rules.grace:g} s after being asked to stop", settle=_STACK_SECONDS)
-            for process in self._processes:
+        running = [process for process in self._processes if process.code is None]
+        if self._reason or not running:
+            self._end_all(self._reason)
+        elif all(process.phase in ("starting", "loading") for process in running):
+            self._note("asked to stop before it had loaded; there was nothing new to save")
+            self._end_all(self._reason, meaning=PREEMPTED)
+        else:
+            for process in running:
                 process.dump_stacks()
+            self._fail(f"not done {self._rules.grace:g} s after being asked to stop", settle=_STACK_SECONDS)
             self._deadline = time.monotonic() + _STACK_SECONDS
-            return
-        self._end_all(self._reason)
 
-    def _end_all(self, why: str) -> None:
+    def _end_all(self, why: str, *, meaning: int = PEER_LOST) -> None:
         for process in self._processes:
-            process.kill(why=why)
+            process.kill(why=why, meaning=meaning)
         for process in self._processes:
             process.wait()
 
@@ -304,7 +309,6 @@ class Supervisor:
     def _show(self, *, to_the_end: bool = False) -> None:
         for view in self._views:
             view.show(sys.stdout, to_the_end=to_the_end)
-        sys.stdout.flush()
 
     def _report(self) -> None:
         """Writes what happens here, and keeps the lease, every few seconds."""

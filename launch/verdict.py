@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from absl import flags
 
@@ -19,6 +20,8 @@ from launch.attempts import Attempts
 
 FINISHED, BUG, PREEMPTED, PEER_LOST = 0, 1, 42, 43
 ABORTED = 134  # how JAX ends a process whose peer is gone
+
+_LONGEST_BACKOFF = 300.0  # seconds
 
 # Starting again does not help against these, the likeliest to be the cause of the others first.
 PERMANENT = (2, 3, 4, BUG)
@@ -56,13 +59,12 @@ def decide(*, workdir: str, job_id: str, code: int, max_restarts: int) -> Decisi
     code: what the agent or the scheduler reports, for a job that could not leave a verdict of its own.
     """
     attempts = Attempts(workdir)
-    newest = attempts.newest()
-    found = newest.verdict() if newest is not None and newest.lease().get("job_id") == job_id else {}
+    found = _new_verdict(attempts, job_id)
     code = found.get("code", code)
     reason = found.get("reason", f"ended with code {code}")
     if attempts.is_cancelled(job_id=job_id):
         return Decision(restart=False, code=code, failures=0, reason=f"cancelled: {reason}")
-    if code not in (PREEMPTED, PEER_LOST) and code < 128:
+    if not is_restartable(code):
         return Decision(restart=False, code=code, failures=0, reason=reason)
     failures = attempts.count_restart(job_id=job_id, failed=code != PREEMPTED)
     if code == PREEMPTED:
@@ -73,6 +75,27 @@ def decide(*, workdir: str, job_id: str, code: int, max_restarts: int) -> Decisi
     return Decision(
         restart=True, code=code, failures=failures, reason=f"{reason}; restart {failures} of {max_restarts}"
     )
+
+
+def is_restartable(code: int) -> bool:
+    """Whether a job that ended with the code may do better the next time."""
+    return code in (PREEMPTED, PEER_LOST) or code >= 128
+
+
+def backoff_seconds(first: float, failures: int) -> float:
+    """How long to wait after so many failures: `first`, doubled with each further one, at most 5 minutes."""
+    return min(_LONGEST_BACKOFF, first * 2 ** (failures - 1))
+
+
+def _new_verdict(attempts: Attempts, job_id: str) -> dict[str, Any]:
+    """The verdict of the job's last attempt; {} where it left none, or was decided upon already.
+
+    A try that ends before it has begun an attempt must not be judged by the attempt before it.
+    """
+    newest = attempts.newest()
+    if newest is None or newest.lease().get("job_id") != job_id or not attempts.is_new(newest, job_id=job_id):
+        return {}
+    return newest.verdict()
 
 
 def main() -> None:

@@ -103,6 +103,8 @@ def leave() -> None:
 
 def meet(*, seconds: float) -> bool:
     """Whether all processes of the job come here within so many seconds of the first; once in a job."""
+    if _service() is None:  # no barrier gives up then
+        return False
     try:
         barrier("meet", seconds=seconds)
     except PeerLostError:

@@ -12,12 +12,11 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 VARIABLE = "PGDIST_HEARTBEAT"
 
 Phase = Literal["starting", "loading", "compiling", "stepping", "saving", "evaluating", "finishing"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
 
 _BYTES = 128  # of the file, always: a reader never sees the end of an older and longer beat
 

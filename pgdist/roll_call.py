@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import os
 import selectors
 import socket
 import time
@@ -266,7 +267,9 @@ def _listen(port: int) -> socket.socket:
             return socket.create_server(("", port), backlog=4096)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or time.monotonic() >= end:
-                raise ConfigError(
+                # A port that an agent chose was free a moment ago, and the next attempt gets another.
+                kind = PeerLostError if "PGDIST_ATTEMPT" in os.environ else ConfigError
+                raise kind(
                     f"--coordinator: port {port} of this host ({socket.gethostname()}) cannot be listened on: "
                     f"{error.strerror or error}. Give another port, the same in all processes."
                 ) from error

@@ -8,12 +8,18 @@ silence and which one process alone does not have.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+import time
 from types import TracebackType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+# Seconds in which a further signal is the same request: `timeout` signals a process, and then its group.
+_SAME_REQUEST = 0.25
 
 
 class StopVoted(Exception):
@@ -65,17 +71,24 @@ class StopRequest:
             signal.signal(number, lambda number, frame: None)
 
     def _receive(self) -> None:
+        first = 0.0
         while received := os.read(self._read_end, 1):
             number = received[0]
             if number not in SIGNALS:
                 continue
             if not self._is_wanted:
                 self._is_wanted = True
-                # Not through a stream: the main thread may be in the middle of a write to it.
-                os.write(2, b"\npgdist: saving at the next step, then ending\n")
+                first = time.monotonic()
+                _tell("saving at the next step, then ending")
                 if self._second_ends:
-                    os.write(2, b"pgdist: a second signal ends at once, unsaved\n")
-            elif self._second_ends:
-                os.write(2, b"\npgdist: ended at once; what was saved before is whole\n")
+                    _tell("a second signal ends at once, unsaved")
+            elif self._second_ends and time.monotonic() - first > _SAME_REQUEST:
+                _tell("ended at once; what was saved before is whole")
                 os._exit(128 + number)
         os.close(self._read_end)
+
+
+def _tell(text: str) -> None:
+    """Not through a stream: the main thread may be in the middle of a write to it."""
+    with contextlib.suppress(OSError):  # nobody reads any more
+        os.write(2, f"\npgdist: {text}\n".encode())

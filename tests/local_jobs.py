@@ -38,6 +38,8 @@ class LocalJob:
         chosen_by_tests = ("XLA_FLAGS",) if shares_programs else ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
         environment = {name: value for name, value in os.environ.items() if name not in chosen_by_tests}
         environment |= {"PYTHONPATH": str(ROOT), _MARK: self.mark}
+        # What a job compiles is small, and much: the next job need not do it again.
+        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         with self.output.open("ab") as output:
             self.agent = subprocess.Popen(
                 # A test run that is killed leaves no job behind.

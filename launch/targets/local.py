@@ -7,11 +7,12 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 from absl import flags
 
-from launch.attempts import Attempts
+from launch.attempts import Attempts, is_this_machine
 from launch.job_status import follow_logs, is_running
 from launch.submission import Submission
 from pgdist.errors import ConfigError
@@ -24,6 +25,9 @@ _GPUS = flags.DEFINE_string(
     "gpus", "", "Divide these GPUs among the processes: all, or numbers as in 0,1,2,3."
 )
 _RANKS = flags.DEFINE_string("ranks", "", "Processes whose lines are shown, as in 0,3; all by default.")
+
+
+_SECONDS_TO_FAIL = 2.0  # in which an agent notices what is wrong with its flags
 
 
 def dry_run(submission: Submission) -> str:
@@ -41,13 +45,22 @@ def start(submission: Submission) -> int:
     if not submission.workdir:
         raise ConfigError("--detach needs a command with a --workdir, where its output goes")
     submission.record(target="local")
-    agent = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    with tempfile.TemporaryFile() as said:  # until it has begun; then its log says more
+        agent = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            start_new_session=True,
+        )
+        try:
+            code = agent.wait(timeout=_SECONDS_TO_FAIL)
+        except subprocess.TimeoutExpired:
+            pass
+        else:
+            said.seek(0)
+            print(said.read().decode(errors="replace"), end="", file=sys.stderr)
+            return code
     print(f"pgdist: agent {agent.pid} runs the job; submit status, logs and cancel tell and end it")
     return 0
 
@@ -69,10 +82,10 @@ def cancel(record: dict[str, Any]) -> None:
     lease = newest.lease() if newest else {}
     if not is_running(record["workdir"]):
         raise ConfigError(f"--workdir={record['workdir']}: no job runs in it")
-    if lease["host"] != os.uname().nodename:
-        raise ConfigError(f"the job runs on {lease['host']}; cancel it there")
+    if not is_this_machine(lease):
+        raise ConfigError(f"the job runs on {lease['host']}, or in a container there; cancel it there")
     os.kill(lease["pid"], signal.SIGTERM)
-    print(f"pgdist: asked agent {lease['pid']} to save and end")
+    print(f"pgdist: asked agent {lease['pid']} to save and end; `cancel` once more ends it at once")
 
 
 def _command(submission: Submission, *, python: str) -> list[str]:

@@ -19,13 +19,11 @@ from launch.attempts import Attempts
 from launch.submission import Submission
 from launch.targets.host_file import Host
 from launch.targets.ssh_connection import LIFE_EVERY, LOST, SIGN_OF_LIFE, Ssh
-from launch.verdict import FINISHED, PEER_LOST, PREEMPTED, Decision, decide, verdict
+from launch.verdict import FINISHED, PEER_LOST, PREEMPTED, Decision, backoff_seconds, decide, verdict
 
 # Agents end together. One that has not joined the others yet would wait for minutes; not so long.
 _SECONDS_TOGETHER = 15.0
 _SECONDS_TO_DIE = 10.0
-
-_LONGEST_PAUSE = 300.0  # seconds before a restart
 
 
 class Launcher:
@@ -71,7 +69,7 @@ class Launcher:
             if not decision.restart:
                 self._show(f"pgdist: the job has ended with code {code}: {decision.reason}")
                 break
-            pause = min(self._submission.backoff * 2 ** max(decision.failures - 1, 0), _LONGEST_PAUSE)
+            pause = backoff_seconds(self._submission.backoff, max(decision.failures, 1))
             self._show(f"pgdist: {decision.reason}; starting again in {pause:g} s")
             self._stopping.wait(pause)
         return code

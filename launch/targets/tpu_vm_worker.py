@@ -22,13 +22,12 @@ from pathlib import Path
 from absl import flags
 
 from launch import entry
-from launch.verdict import PEER_LOST, PREEMPTED
+from launch.verdict import PEER_LOST, PREEMPTED, backoff_seconds
 from pgdist.errors import ConfigError
 
 QUESTIONS = ("status", "code", "stop", "kill")
 
 _MODULE = "launch.targets.tpu_vm_worker"
-_LONGEST_BACKOFF = 300.0  # seconds
 _METADATA_SECONDS = 10.0
 
 
@@ -68,7 +67,7 @@ class Worker:
             failures += failed
             if self._stopping or not (failed or code == PREEMPTED) or failures > self._max_restarts:
                 return code
-            pause = min(_LONGEST_BACKOFF, self._backoff * 2 ** (failures - 1)) if failed else 0.0
+            pause = backoff_seconds(self._backoff, failures) if failed else 0.0
             _say(f"code {code}: starting again in {pause:g} s ({failures} of {self._max_restarts} failures)")
             end = time.monotonic() + pause
             while time.monotonic() < end and not self._stopping:

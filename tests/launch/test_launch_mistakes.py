@@ -26,6 +26,7 @@ class Mistake:
 
 
 TRAIN = ("--", "launch.train", "--config=configs/demo.py", "--workdir={tmp}/run")
+TRAIN_IN_BUCKET = (*TRAIN[:-1], "--workdir=gs://bucket/run")
 LOCAL = ("launch.submit", "--to=local")
 AGENT = ("launch.agent", "--workdir={tmp}/run")
 SLURM = ("launch.submit", "--to=slurm", "--nodes=2")
@@ -93,6 +94,62 @@ MISTAKES = [
         says=("--workdir={tmp}/file", "expected a folder that can be made and written"),
     ),
     Mistake(
+        name="ranks that are no numbers",
+        arguments=(*LOCAL, "--ranks=first", *TRAIN),
+        says=("--ranks=first: expected numbers of processes",),
+    ),
+    Mistake(
+        name="a mistake that a detached agent finds",
+        arguments=(*LOCAL, "--detach", "--processes=2", "--gpus=0,1,2", *TRAIN),
+        says=("3 GPUs cannot be divided evenly among 2 processes",),
+    ),
+    Mistake(
+        name="no Slurm here",
+        arguments=(*SLURM, *TRAIN),
+        says=("no sbatch on this machine",),
+        without_tools=True,
+    ),
+    Mistake(
+        name="an ill-written host file",
+        arguments=(*SSH, "--host_file={tmp}/hosts", *TRAIN),
+        says=("{tmp}/hosts", "line 2", "slots"),
+    ),
+    Mistake(
+        name="no ssh here",
+        arguments=(*SSH, "--host_file={tmp}/good_hosts", *TRAIN),
+        says=("there is no `ssh` on this machine",),
+        without_tools=True,
+    ),
+    Mistake(
+        name="an image name with a space",
+        arguments=(*JOBSET, "--image=my image:1", "--tpu=v5e:4x4", *TRAIN),
+        says=("--image='my image:1'",),
+    ),
+    Mistake(
+        name="a topology that does not exist",
+        arguments=(*JOBSET, "--image=a/b:1", "--tpu=v5e:3x3", *TRAIN),
+        says=("--tpu=v5e:3x3", "4x4"),
+    ),
+    Mistake(
+        name="no kubectl here",
+        arguments=(*JOBSET, "--image=a/b:1", "--tpu=v5e:4x4", *TRAIN_IN_BUCKET),
+        says=("kubectl",),
+        without_tools=True,
+    ),
+    Mistake(
+        name="no gcloud here",
+        arguments=(
+            *TPU_VM,
+            "--tpu_name=a",
+            "--zone=us-west4-a",
+            "--project=my-project",
+            "--accelerator_type=v5litepod-16",
+            *TRAIN_IN_BUCKET,
+        ),
+        says=("gcloud",),
+        without_tools=True,
+    ),
+    Mistake(
         name="status of no job",
         arguments=("launch.submit", "status", "--workdir={tmp}/run"),
         says=("no job was submitted with this workdir",),
@@ -126,6 +183,8 @@ MISTAKES = [
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name.replace(" ", "_"))
 def test_a_mistake_is_told_and_nothing_is_started(mistake, tmp_path):
     (tmp_path / "file").touch()
+    (tmp_path / "hosts").write_text("node0 slots=4\nnode1 slots=many\n")
+    (tmp_path / "good_hosts").write_text("node0\nnode1\n")
     environment = dict(os.environ) | ({"PATH": str(tmp_path)} if mistake.without_tools else {})
 
     done = subprocess.run(

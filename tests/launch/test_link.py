@@ -155,6 +155,22 @@ def test_hosts_that_do_not_come_are_named(monkeypatch):
     two.close()
 
 
+def test_a_host_that_comes_again_while_others_are_awaited_is_taken_in():
+    address = free_address()
+    found, thread = listening(address, hosts=3)
+    gone = joined(address, 1)
+    time.sleep(0.3)
+    gone.close()
+    time.sleep(0.7)
+    one, two = joined(address, 1), joined(address, 2)
+    thread.join(10)
+
+    one.send(kind="ended", codes=[0])
+    assert received(found["link"], seconds=1.0) == [{"kind": "ended", "codes": [0], "host": 1}]
+    for link in (found["link"], one, two):
+        link.close()
+
+
 def test_a_first_host_that_does_not_answer_is_named():
     address = free_address()
 

@@ -68,6 +68,18 @@ def test_the_verdict_in_the_workdir_outweighs_what_the_scheduler_saw(tmp_path):
     assert decide(workdir=str(tmp_path), job_id="other", code=143, max_restarts=0).code == 143
 
 
+def test_a_try_that_ended_before_it_began_is_not_judged_by_the_one_before(tmp_path):
+    attempt = Attempts(str(tmp_path)).claim(job_id="7")
+    attempt.write_verdict({"code": 42, "reason": "preempted, state saved"})
+    attempt.release()
+    asked = {"workdir": str(tmp_path), "job_id": "7", "max_restarts": 1}
+
+    assert decide(code=42, **asked).restart
+    assert not decide(code=127, **asked).restart  # no python on the node, say
+    assert decide(code=137, **asked).restart
+    assert not decide(code=137, **asked).restart
+
+
 def test_a_cancelled_job_is_not_restarted(tmp_path):
     Attempts(str(tmp_path)).cancel(job_id="7")
 
