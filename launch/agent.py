@@ -181,7 +181,7 @@ class Agent:
                 holds_lease=self._host == 0,
                 link=link,
                 rules=self._rules,
-                signals=self._requests.take,
+                requests=self._requests,
                 ranks=self._ranks,
                 say=self._say,
             )

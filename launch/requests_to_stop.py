@@ -18,7 +18,7 @@ class StopRequests:
     """The requests so far: the first asks to save and end, the second to end at once."""
 
     def __init__(self, *, from_stdin: bool) -> None:
-        """from_stdin: whether the lines `stop` and `kill` count too, and the end of the input as `kill`."""
+        """from_stdin: whether the lines `stop` and `kill` count too, and the end of the input is noted."""
         self.total = 0
         self.launcher_is_gone = False
         self._new = 0
@@ -49,4 +49,4 @@ class StopRequests:
             if line.strip() in ("stop", "kill"):
                 self._add(1 if line.strip() == "stop" else 2)
         self.launcher_is_gone = True
-        self._add(2)
+        self.total += 1

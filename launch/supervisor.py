@@ -20,6 +20,7 @@ from launch.attempts import LEASE_INTERVAL, Attempt, LeaseLostError
 from launch.link import Link, Message
 from launch.log_view import view_logs
 from launch.processes import Process
+from launch.requests_to_stop import StopRequests
 from launch.verdict import PEER_LOST, PERMANENT, PREEMPTED, verdict
 from pgdist.heartbeat import Phase
 
@@ -61,7 +62,7 @@ class Outcome:
 class Supervisor:
     """The processes of this host in one attempt; `run` returns when the job has ended on all hosts.
 
-    signals: how often this agent was asked to stop since it asked last, a function.
+    requests: what asks this agent to stop.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Supervisor:
         holds_lease: bool,
         link: Link,
         rules: Rules,
-        signals: Callable[[], int],
+        requests: StopRequests,
         ranks: list[int] | None,
         say: Callable[[str], None],
     ) -> None:
@@ -83,7 +84,7 @@ class Supervisor:
         self._attempt, self._holds_lease = attempt, holds_lease
         self._link = link
         self._rules = rules
-        self._signals = signals
+        self._requests = requests
         self._say = say
         self._views = view_logs({p.number: (p.log, p.log_start) for p in processes}, ranks=ranks)
         self._reason = ""  # why the attempt ends before it is finished
@@ -147,7 +148,9 @@ class Supervisor:
         }
 
     def _heed_signals(self) -> None:
-        for _ in range(self._signals()):
+        if self._requests.launcher_is_gone:
+            self._fail("the launcher at the other end of standard input is gone", settle=0.0)
+        for _ in range(self._requests.take()):
             self._signals_here += 1
             if self._signals_here > 1:
                 self._link.send(kind="kill")
