@@ -64,7 +64,7 @@ def folder(path: str | os.PathLike[str]) -> epath.Path:
         )
     if not name.strip("/") or re.search(r"[#?*\[\]\x00-\x1f\x7f]", name):
         raise ConfigError(f"--workdir={text}: expected gs://BUCKET/FOLDER, without any of # ? * [ ] in it.")
-    _prepare_buckets(text)
+    prepare_buckets(f"--workdir={text}")
     return epath.Path(text.rstrip("/"))
 
 
@@ -234,16 +234,16 @@ def open_folder(path: str | os.PathLike[str]) -> LocalFolder | Mirror:
 
 
 @functools.cache
-def _prepare_buckets(path: str) -> None:
+def prepare_buckets(wanted: str) -> None:
+    """To be called before the first use of gs://; ConfigError, of what was `wanted`, where the package is missing."""
     try:
         import gcsfs  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"--workdir={path}: gs:// needs a package that is not installed ({error}): pip install 'pgdist[gcs]'."
+            f"{wanted}: gs:// needs a package that is not installed ({error}): pip install 'pgdist[gcs]'."
         ) from error
-    os.environ.setdefault(
-        "EPATH_USE_TF", "false"
-    )  # etils would take TensorFlow where it happens to be installed
+    # etils would take TensorFlow where it happens to be installed.
+    os.environ.setdefault("EPATH_USE_TF", "false")
     # It logs a traceback for each of its attempts; what fails at last is raised as well.
     python_logging.getLogger("gcsfs").setLevel(python_logging.CRITICAL)
 

@@ -181,7 +181,7 @@ def test_a_url_that_is_no_bucket_is_refused(path, message):
 
 def test_a_bucket_without_its_package_is_an_error_that_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    files._prepare_buckets.cache_clear()
+    files.prepare_buckets.cache_clear()
     with pytest.raises(ConfigError, match=r"--workdir=gs://bucket/run: .* pip install 'pgdist\[gcs\]'"):
         files.folder("gs://bucket/run")
 

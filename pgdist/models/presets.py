@@ -7,6 +7,7 @@ variants.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import jax
@@ -81,3 +82,47 @@ def preset_layouts() -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
         name: traverse_util.flatten_dict(parameter_shapes(config), sep="/")
         for name, config in PRESETS.items()
     }
+
+
+def config_of(shapes: Mapping[str, tuple[int, ...]], *, final_logits_softcap: float = 0.0) -> PaliGemmaConfig:
+    """The model whose arrays have these shapes; KeyError for an array that it needs and is not there.
+
+    shapes: {parameter name, joined by "/": shape}; others are not looked at.
+
+    Shapes do not tell how queries are scaled and attention logits capped: these are the preset's whose decoder has
+    the same sizes, else H^-0.5 and, as in Gemma 2, 50 with post-norms. Nor do they tell pixels beyond the last
+    whole patch: the image has none.
+    """
+    block = "img/Transformer/encoderblock"
+    patch_size = shapes["img/embedding/kernel"][0]
+    depth, width, num_heads, _ = shapes[f"{block}/MultiHeadDotProductAttention_0/query/kernel"]
+    image = SiglipConfig(
+        image_size=math.isqrt(shapes["img/pos_embedding"][1]) * patch_size,
+        patch_size=patch_size,
+        width=width,
+        depth=depth,
+        num_heads=num_heads,
+        mlp_dim=shapes[f"{block}/MlpBlock_0/Dense_0/kernel"][2],
+        output_dim=shapes["img/head/kernel"][1],
+    )
+    depth, num_heads, width, head_dim = shapes["llm/layers/attn/q_einsum/w"]
+    post_norms = "llm/layers/post_attention_norm/scale" in shapes
+    text = GemmaConfig(
+        width=width,
+        depth=depth,
+        mlp_dim=shapes["llm/layers/mlp/linear"][1],
+        num_heads=num_heads,
+        num_kv_heads=shapes["llm/layers/attn/kv_einsum/w"][2],
+        head_dim=head_dim,
+        query_scale=head_dim**-0.5,
+        vocab_size=shapes["llm/embedder/input_embedding"][0],
+        attn_logits_softcap=50.0 if post_norms else 0.0,
+        post_norms=post_norms,
+    )
+    unknown = {"query_scale": text.query_scale, "attn_logits_softcap": text.attn_logits_softcap}
+    for known in PRESETS.values():
+        if dataclasses.replace(known.text, vocab_size=text.vocab_size, **unknown) == text:
+            text = dataclasses.replace(known.text, vocab_size=text.vocab_size)
+    return PaliGemmaConfig(
+        image=image, text=dataclasses.replace(text, final_logits_softcap=final_logits_softcap)
+    )

@@ -28,6 +28,11 @@ def shape_of(box: Box) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in box)
 
 
+def size_of(box: Box) -> int:
+    """How many elements are in it."""
+    return math.prod(shape_of(box))
+
+
 def intersect(a: Box, b: Box) -> Box | None:
     """What two boxes share, or None if that is nothing."""
     shared = tuple((max(p[0], q[0]), min(p[1], q[1])) for p, q in zip(a, b, strict=True))
@@ -39,16 +44,56 @@ def within(box: Box, outer: Box) -> tuple[slice, ...]:
     return tuple(slice(lo - base, hi - base) for (lo, hi), (base, _) in zip(box, outer, strict=True))
 
 
-def split(shape: Sequence[int], *, max_size: int) -> Iterator[Box]:
-    """Boxes of at most `max_size` elements that cover an array, each contiguous in C order, in that order."""
-    if math.prod(shape) == 0:
+def runs(box: Box, shape: Sequence[int], *, max_size: int) -> Iterator[Box]:
+    """The box of an array of `shape` as boxes of at most `max_size` elements, each contiguous in C order, in that
+    order.
+    """
+    sizes = shape_of(box)
+    if math.prod(sizes) == 0:
         return
-    if not shape:
+    if not sizes:
         yield ()
         return
-    axis = next(i for i in range(len(shape)) if math.prod(shape[i + 1 :]) <= max_size)
-    rows = max(1, max_size // math.prod(shape[axis + 1 :]))
-    rest = whole(shape[axis + 1 :])
-    for lead in itertools.product(*(range(size) for size in shape[:axis])):
-        for start in range(0, shape[axis], rows):
-            yield (*((i, i + 1) for i in lead), (start, min(start + rows, shape[axis])), *rest)
+    first = _contiguous_from(sizes, shape)
+    axis = next(i for i in range(first, len(sizes)) if math.prod(sizes[i + 1 :]) <= max_size)
+    rows = max(1, max_size // math.prod(sizes[axis + 1 :]))
+    lo, hi = box[axis]
+    for lead in itertools.product(*(range(*pair) for pair in box[:axis])):
+        for start in range(lo, hi, rows):
+            yield (*((i, i + 1) for i in lead), (start, min(start + rows, hi)), *box[axis + 1 :])
+
+
+def split(shape: Sequence[int], *, max_size: int) -> Iterator[Box]:
+    """`runs` of a whole array."""
+    return runs(whole(shape), shape, max_size=max_size)
+
+
+def widen(box: Box, shape: Sequence[int], *, min_run: int) -> Box:
+    """The box, or one around it whose contiguous runs have at least `min_run` elements, if that can be."""
+    wide = list(box)
+    while True:
+        sizes = shape_of(wide)
+        first = _contiguous_from(sizes, shape)
+        if not sizes or sizes[first] == shape[first] or math.prod(sizes[first:]) >= min_run:
+            return tuple(wide)
+        wide[first] = (0, shape[first])
+
+
+def around(several: Sequence[Box]) -> Box:
+    """The smallest box around some."""
+    return tuple(
+        (min(lo for lo, _ in pairs), max(hi for _, hi in pairs)) for pairs in zip(*several, strict=True)
+    )
+
+
+def offset_of(box: Box, shape: Sequence[int]) -> int:
+    """Where in an array of `shape`, counted in elements in C order, the first element of the box is."""
+    offset = 0
+    for (start, _), size in zip(box, shape, strict=True):
+        offset = offset * size + start
+    return offset
+
+
+def _contiguous_from(sizes: Sequence[int], shape: Sequence[int]) -> int:
+    """The last axis that a box of `sizes` does not fill, from which on its elements lie side by side; or 0."""
+    return max((i for i in range(len(sizes)) if sizes[i] != shape[i]), default=0)

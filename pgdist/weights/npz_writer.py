@@ -59,7 +59,7 @@ class NpzWriter:
     def write(self, name: str, array: np.ndarray, key_value: np.ndarray | None = None) -> None:
         """Appends one array; with `key_value` it is a query array, and both are stored as one fused array."""
         if key_value is None:
-            self._write(name, shape=array.shape, dtype=array.dtype, pieces=[array])
+            self.write_parts(name, shape=array.shape, dtype=array.dtype, parts=[array])
         else:
             self._write_fused(name, array, key_value)
 
@@ -70,11 +70,13 @@ class NpzWriter:
             raise ValueError(f"{name}: cannot fuse {query.shape} and {key_value.shape}")
         lead = itertools.product(*(range(size) for size in shape[:-4]))
         pieces = (piece for i in lead for piece in (query[i], key_value[i]))
-        self._write(name, shape=shape, dtype=np.promote_types(query.dtype, key_value.dtype), pieces=pieces)
+        dtype = np.promote_types(query.dtype, key_value.dtype)
+        self.write_parts(name, shape=shape, dtype=dtype, parts=pieces)
 
-    def _write(
-        self, name: str, *, shape: tuple[int, ...], dtype: np.dtype, pieces: Iterable[np.ndarray]
+    def write_parts(
+        self, name: str, *, shape: tuple[int, ...], dtype: np.dtype, parts: Iterable[np.ndarray]
     ) -> None:
+        """Appends one array whose data comes in parts, in C order."""
         if self._dtype is not None and jnp.issubdtype(dtype, jnp.floating):
             dtype = self._dtype
         stored = _STORED_BFLOAT16 if dtype == _BFLOAT16 else dtype
@@ -82,9 +84,9 @@ class NpzWriter:
         entry = zipfile.ZipInfo(name + ".npy")
         with self._blaming(), self._zip.open(entry, "w", force_zip64=True) as stream:
             _write_npy_header(stream, shape=shape, dtype=stored)
-            for piece in pieces:
-                for box in boxes.split(piece.shape, max_size=_BLOCK_SIZE):
-                    block = piece[boxes.within(box, boxes.whole(piece.shape))]
+            for part in parts:
+                for box in boxes.split(part.shape, max_size=_BLOCK_SIZE):
+                    block = part[boxes.within(box, boxes.whole(part.shape))]
                     numbers = cast(block, dtype)
                     check_range(numbers, source=block, name=name, path=self.path)
                     stream.write(numbers.tobytes())

@@ -2,44 +2,41 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from pgdist.weights import boxes
 from pgdist.weights.boxes import Box
-from pgdist.weights.layout import Part
+
+_ALIGNMENT = 64  # bytes: a CPU device takes a host buffer that is so aligned as its own, without a copy
 
 
 class ShardBuffers:
     """Host buffers for the shards of one array that this process's devices hold; replicas share a buffer."""
 
-    def __init__(self, part: Part, *, dtype: np.dtype, sharding: Sharding | None):
-        self._shape = part.info.shape
+    def __init__(self, shape: tuple[int, ...], *, dtype: np.dtype, sharding: Sharding | None):
+        self._shape = shape
         self._dtype = dtype
         self._sharding = sharding
-        whole = boxes.whole(self._shape)
-        if sharding is None:
-            self._box_of_device = {None: whole}
-        else:
-            slices = sharding.addressable_devices_indices_map(self._shape)
-            self._box_of_device = {device: boxes.from_slices(s, self._shape) for device, s in slices.items()}
-        self._stored_box = {box: part.stored_box(box) for box in self._box_of_device.values()}
+        self._box_of_device = _local_boxes(shape, sharding)
         self._buffers = {
-            box: np.empty(boxes.shape_of(stored), dtype) for box, stored in self._stored_box.items()
+            box: _empty(boxes.shape_of(box), dtype) for box in dict.fromkeys(self._box_of_device.values())
         }
 
-    def write(self, box: Box, block: np.ndarray) -> None:
-        """Copies (and casts) what the shards need of `block`, which is `box` of the stored array."""
-        for shard, stored in self._stored_box.items():
-            shared = boxes.intersect(box, stored)
-            if shared is not None:
-                self._buffers[shard][boxes.within(shared, stored)] = block[boxes.within(shared, box)]
+    def write(self, box: Box, numbers: np.ndarray) -> None:
+        """Copies (and casts) what the shards need of `numbers`, which are `box` of the array."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            for shard, buffer in self._buffers.items():
+                shared = boxes.intersect(box, shard)
+                if shared is not None:
+                    buffer[boxes.within(shared, shard)] = numbers[boxes.within(shared, box)]
 
     def to_devices(self) -> jax.Array:
         """The array on its sharding (on the default device if there is none); the host buffers are let go."""
-        shards = {box: buffer.reshape(boxes.shape_of(box)) for box, buffer in self._buffers.items()}
-        self._buffers = {}
+        shards, self._buffers = self._buffers, {}
         if self._sharding is None:
             return jax.block_until_ready(jax.device_put(shards[boxes.whole(self._shape)]))
         kind = self._sharding.memory_kind
@@ -51,3 +48,23 @@ class ShardBuffers:
             self._shape, self._sharding, on_devices, dtype=self._dtype
         )
         return jax.block_until_ready(array)  # the next array's buffers are not to stand beside this one's
+
+
+def needed_boxes(shape: tuple[int, ...], sharding: Sharding | None) -> list[Box]:
+    """The different boxes of an array that this process's devices hold."""
+    return list(dict.fromkeys(_local_boxes(shape, sharding).values()))
+
+
+def _local_boxes(shape: tuple[int, ...], sharding: Sharding | None) -> dict[jax.Device | None, Box]:
+    if sharding is None:
+        return {None: boxes.whole(shape)}
+    slices = sharding.addressable_devices_indices_map(shape)
+    return {device: boxes.from_slices(s, shape) for device, s in slices.items()}
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An aligned array of any numbers."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)

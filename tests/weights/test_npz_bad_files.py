@@ -154,9 +154,9 @@ def test_an_unreadable_file_is_told_from_a_bad_one(tmp_path):
 
 def test_a_remote_path_is_refused_by_its_form():
     with pytest.raises(WeightsError, match="Use a local copy"):
-        weights.load("gs://bucket/a.npz", expected={})
-    with pytest.raises(WeightsError, match="gs://bucket/a.npz: .* local files"):
-        weights.save("gs://bucket/a.npz", ARRAYS)
+        weights.load("s3://bucket/a.npz", expected={})
+    with pytest.raises(WeightsError, match="s3://bucket/a.npz: .* local files"):
+        weights.save("s3://bucket/a.npz", ARRAYS)
 
 
 def test_a_folder_says_which_files_it_holds(tmp_path):

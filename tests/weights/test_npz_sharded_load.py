@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from pgdist import weights
-from pgdist.weights import npz_reader, npz_writer
+from pgdist.weights import loading, npz_writer
 from tests.weights.samples import BFLOAT16, assert_same_bits, attention, expected_of, random_array, write_npz
 
 P = PartitionSpec
@@ -40,7 +40,7 @@ def puts(monkeypatch):
     ids=str,
 )
 def test_each_device_gets_its_shard_and_nothing_more(tmp_path, monkeypatch, mesh, puts, spec, block_bytes):
-    monkeypatch.setattr(npz_reader, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(loading, "_BLOCK_BYTES", block_bytes)
     array = random_array((4, 8, 6), BFLOAT16)
     path = write_npz(tmp_path / "a.npz", {"x": array})
     sharding = NamedSharding(mesh, spec)
@@ -97,7 +97,7 @@ def test_scalars_and_empty_arrays_are_replicated(tmp_path, mesh):
 
 @pytest.mark.parametrize("compress", [False, True])
 def test_host_memory_stays_at_one_array_however_many_there_are(tmp_path, monkeypatch, mesh, compress):
-    monkeypatch.setattr(npz_reader, "_BLOCK_BYTES", MIB // 4)
+    monkeypatch.setattr(loading, "_BLOCK_BYTES", MIB // 8)  # eight at once
     arrays = {f"layer_{i}": np.full((8, MIB // 2), i, np.float32) for i in range(8)}  # 16 MiB each
     (np.savez_compressed if compress else np.savez)(tmp_path / "a.npz", **arrays)
     expected, largest = expected_of(arrays, dtype=BFLOAT16), 8 * MIB
