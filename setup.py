@@ -38,11 +38,13 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10"],
     "plan": ["jax[tpu]>=0.10"],  # for the libtpu that suits this JAX: its compiler needs no TPU
     "gcs": ["gcsfs>=2025.2"],
-    "hub": ["huggingface_hub>=1.0", "kagglehub>=0.3"],
+    "hub": ["huggingface_hub>=1.0", "kagglehub>=1.0"],
     # setuptools: the scripts in tools/ install this project without fetching a build environment.
     "test": [
         "fastjsonschema",
+        "huggingface_hub",
         "hypothesis",
+        "kagglehub>=1.0",
         "psutil",
         "pytest",
         "pytest-timeout",

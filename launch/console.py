@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "fine-tune a model",
     "submit": "start a job here or on a cluster; status, logs and cancel",
     "predict": "answer prompts about images",
+    "convert": "weights and checkpoints to a published npz or a transformers folder, and back",
     "env": "what a bug report needs: versions, devices, settings",
 }
 

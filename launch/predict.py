@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from pgdist.evaluate.runner import Prediction
     from pgdist.inference import LoadedModel
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "A finished run, whose config and model.npz are used.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "A run, whose config is used, and its model.npz or newest checkpoint."
+)
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Instead of a run's config: Python file with get_config()."
 )
 _WEIGHTS = flags.DEFINE_string(
-    "weights", None, "An npz, instead of the run's model.npz or the config's init."
+    "weights", None, "Instead of the run's or the config's init: what --config.init takes, such as RUN@STEP."
 )
 _DATA = flags.DEFINE_string(
     "data", None, "JSONL with `image` and `prefix`, and `suffix` where there is a truth."
@@ -108,10 +110,13 @@ def _find_weights(config: ConfigDict) -> str:
         if not config.init:
             raise ConfigError("config.init names no weights to decode with: give --weights=FILE.npz")
         return config.init
-    path = Workdir(_WORKDIR.value).fetch_model()
+    workdir = Workdir(_WORKDIR.value)
+    path = workdir.fetch_model()
+    if not path.exists() and workdir.checkpoints.exists():
+        return _WORKDIR.value  # the run goes on, or exports nothing: its newest checkpoint
     if not path.exists():
         raise WeightsError(
-            f"{path}: no such file: the run has not finished, or config.export was off. Start launch.train "
+            f"{path}: no such file: the run has not finished, and has no checkpoint yet. Start launch.train "
             "again with its --workdir to finish it, or give --weights=FILE.npz."
         )
     return str(path)
@@ -153,10 +158,12 @@ def _answer_images(config: ConfigDict, loaded: LoadedModel, images: Sequence[str
 
 
 def _open_data(config: ConfigDict) -> JsonlSource:
+    from pgdist import hub
     from pgdist.data.jsonl import JsonlSource
 
     lowercase = config.data.lowercase
-    return JsonlSource(_DATA.value, prefix=_PROMPT.value, lowercase=lowercase, require_suffix=False)
+    path = hub.fetch_examples(_DATA.value, field="--data")
+    return JsonlSource(path, prefix=_PROMPT.value, lowercase=lowercase, require_suffix=False)
 
 
 def _answer_data(config: ConfigDict, loaded: LoadedModel, source: JsonlSource) -> Iterator[Prediction]:

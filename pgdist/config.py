@@ -40,8 +40,12 @@ def default_config() -> ConfigDict:
     c.seed = 0  # order of examples, choice among suffixes, initial weights
     c.steps = 64
     c.batch_size = 8  # global: all processes and devices together
-    c.init = ""  # weights to start from: an npz in the published layout; "" starts from random ones
-    c.tokenizer = ""  # a SentencePiece model
+    # Weights to start from: an npz in the published layout, a transformers folder, or a run's folder (runs/cows, or
+    # runs/cows@64 for a step); local, gs://, hf:// or kaggle://; several with commas; "" starts from random ones.
+    c.init = ""
+    c.init_skip = ()  # regexes over names: what they match is not read, and starts at random
+    c.init_allow_non_finite = False  # NaN and infinity in the file are errors otherwise
+    c.tokenizer = ""  # a SentencePiece model; local, gs://, hf:// or kaggle://
     c.export = True  # write the trained model to WORKDIR/model.npz at the end
     c.patience = 3  # steps in a row that may have a non-finite loss or gradient; they change nothing
 
@@ -55,10 +59,11 @@ def default_config() -> ConfigDict:
     # Which parameters train: the first regex that matches a whole name gives its learning-rate scale, 0
     # freezes it.
     c.trainable = (("llm/layers/attn/.*", 1.0), (".*", 0.0))
-    c.frozen_dtype = "bfloat16"  # what frozen parameters are kept in; trainable ones are float32, always
+    # What frozen parameters are kept in; "file": each as the file has it. Trainable ones are float32, always.
+    c.frozen_dtype = "bfloat16"
 
     c.data = ConfigDict()
-    c.data.train = ""  # JSONL with `image`, `prefix`, `suffix`; images are found beside it
+    c.data.train = ""  # JSONL with `image`, `prefix`, `suffix`, and the images beside it; local or gs://
     c.data.validation = ""  # likewise; "" for no evaluation
     c.data.prefix = ""  # instead of the `prefix` of each record; "" leaves them theirs
     c.data.lowercase = False  # lower-case the suffixes
@@ -231,7 +236,7 @@ def _check_choices(config: ConfigDict) -> None:
         "model.preset": tuple(PRESETS),
         "model.image_dtype": FLOAT_DTYPES,
         "model.text_dtype": FLOAT_DTYPES,
-        "frozen_dtype": FLOAT_DTYPES,
+        "frozen_dtype": (*FLOAT_DTYPES, "file"),
         "model.remat": REMAT_POLICIES,
         "optimizer.name": OPTIMIZERS,
         "schedule.name": SCHEDULES,

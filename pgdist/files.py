@@ -84,6 +84,15 @@ def blaming(path: epath.Path) -> Iterator[None]:
         ) from error
 
 
+def names_in(path: str | os.PathLike[str]) -> list[str]:
+    """What is in a folder, local or in a bucket, sorted; nothing where there is none."""
+    if is_url(path):
+        prepare_buckets(os.fspath(path))
+        return sorted(_names_in(epath.Path(path)))
+    found = os.path.expanduser(path)
+    return sorted(os.listdir(found)) if os.path.isdir(found) else []
+
+
 def write_text(path: epath.Path, text: str) -> None:
     """Replaces the file as a whole: nobody ever reads half of it."""
     if is_url(path):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from pgdist import weights
+from pgdist import hub, weights
 from pgdist.config import check_values, check_vocabulary, default_config, fields_of, model_config
 from pgdist.data.tokenizer import Tokenizer
 from pgdist.errors import ConfigError
@@ -56,13 +56,13 @@ def read_run_config(workdir: str | os.PathLike[str]) -> ConfigDict:
 
 
 def load_model(config: ConfigDict, path: str | os.PathLike[str]) -> LoadedModel:
-    """The config's model with the weights of an npz, each array in the dtype that the file has.
+    """The config's model with weights by name (as config.init), each array in the dtype that the file has.
 
     Raises ConfigError for a wrong field, WeightsError where the file does not fit the config's preset.
     """
     check_values(config)
     model = PaliGemma(model_config(config))
-    tokenizer = Tokenizer(config.tokenizer)
+    tokenizer = Tokenizer(hub.fetch_file(config.tokenizer, field="config.tokenizer"))
     check_vocabulary(config, tokenizer.vocab_size)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     shapes = flatten(parameter_shapes(model.config))
@@ -72,5 +72,12 @@ def load_model(config: ConfigDict, path: str | os.PathLike[str]) -> LoadedModel:
         for name, leaf in shapes.items()
     }
     shardings = parameter_shardings(mesh, shapes)
-    arrays = weights.load(path, expected=expected, shardings=shardings, layouts=preset_layouts)
+    arrays = weights.load(
+        path,
+        expected=expected,
+        shardings=shardings,
+        seed=config.seed,
+        allow_non_finite=config.init_allow_non_finite,
+        layouts=preset_layouts,
+    )
     return LoadedModel(model=model, params=unflatten(arrays), tokenizer=tokenizer, mesh=mesh)

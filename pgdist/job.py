@@ -12,9 +12,9 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from pgdist import cluster, weights
+from pgdist import cluster, hub, weights
 from pgdist.checkpoint import Checkpoints
-from pgdist.config import check_vocabulary, model_config
+from pgdist.config import FLOAT_DTYPES, check_vocabulary, model_config
 from pgdist.data.bad_records import refuse_bad_share
 from pgdist.data.jsonl import JsonlSource, fingerprint
 from pgdist.data.loader import HostBatches, train_batches
@@ -45,6 +45,10 @@ from pgdist.workdir import Workdir, write_json, write_jsonl
 
 PyTree = Any
 _SHOWN_EXAMPLES = 8  # of the first batch, in the report
+_INIT_HINT = (
+    "What either lacks on purpose is named in --config.init_skip; a tower in a file of its own is added to --config.init "
+    "after a comma."
+)
 
 
 class Job:
@@ -57,12 +61,14 @@ class Job:
         self.workdir = workdir
         self.mesh: Mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
         self.rows = host_rows(batch_sharding(self.mesh), config.batch_size).tolist()
-        self.tokenizer = Tokenizer(config.tokenizer)
-        self.train_source = self._open_source(config.data.train)
-        self.validation_source = self._open_source(config.data.validation) if config.data.validation else None
+        self.tokenizer = Tokenizer(hub.fetch_file(config.tokenizer, field="config.tokenizer"))
+        self.train_source = self._open_source(config.data.train, field="config.data.train")
+        self.validation_source = None
+        if config.data.validation:
+            self.validation_source = self._open_source(config.data.validation, field="config.data.validation")
         check_vocabulary(config, self.tokenizer.vocab_size)
-        if config.init:
-            weights.read_header(config.init)  # a wrong path is an error now, not after all that follows
+        # A wrong path is an error now, not after all that follows.
+        stored = weights.read_header(config.init) if config.init else {}
         self.model = PaliGemma(model_config(config))
         self.shapes = flatten(parameter_shapes(self.model.config))
         self.scales = learning_rate_scales(self.shapes, config.trainable)
@@ -74,7 +80,7 @@ class Job:
             self.shapes,
             scales=self.scales,
             decayed=self.decayed,
-            frozen_dtype=config.frozen_dtype,
+            frozen_dtypes={name: _frozen_dtype(config, stored.get(name)) for name in self.shapes},
             shardings=self.shardings,
         )
         trainable_shapes = unflatten({name: self.shapes[name] for name in trained})
@@ -98,12 +104,22 @@ class Job:
         expected = {
             row["name"]: jax.ShapeDtypeStruct(row["shape"], row["dtype"]) for row in self.parameter_table
         }
-        if self.config.init:
+        config, arrays = self.config, {}
+        if config.init:
             arrays = weights.load(
-                self.config.init, expected=expected, shardings=self.shardings, layouts=preset_layouts
+                config.init,
+                expected=expected,
+                shardings=self.shardings,
+                skip=config.init_skip,
+                seed=config.seed,
+                allow_non_finite=config.init_allow_non_finite,
+                layouts=preset_layouts,
+                hint=_INIT_HINT,
             )
-        else:
-            arrays = _random_weights(self.model, expected, self.shardings, seed=self.config.seed)
+        if fresh := {name: leaf for name, leaf in expected.items() if name not in arrays}:
+            if arrays:
+                logging.info("Begin at random numbers, as config.init_skip says: %s.", ", ".join(fresh))
+            arrays |= _random_weights(self.model, fresh, self.shardings, seed=config.seed)
         frozen = {name: array for name, array in arrays.items() if not self.scales[name]}
         trainable = {name: array for name, array in arrays.items() if self.scales[name]}
         return unflatten(frozen), init_state(self.optimizer, unflatten(trainable), self.state_shardings)
@@ -232,10 +248,11 @@ class Job:
             except OSError as error:
                 logging.warning("The report could not be written: %s", error)
 
-    def _open_source(self, path: str) -> JsonlSource:
+    def _open_source(self, path: str, *, field: str) -> JsonlSource:
         """Opens the data and reads all its text once, so that bad files stop the run before it starts."""
         data = self.config.data
-        source = JsonlSource(path, prefix=data.prefix or None, lowercase=data.lowercase)
+        local = hub.fetch_examples(path, field=field)
+        source = JsonlSource(local, prefix=data.prefix or None, lowercase=data.lowercase)
         refuse_bad_share(source.check(), num_examples=len(source), max_share=data.max_bad_share)
         return source
 
@@ -269,7 +286,14 @@ def _random_weights(
         params = flatten(model.init(jax.random.key(seed), image, text, text)["params"])
         return {name: params[name].astype(leaf.dtype) for name, leaf in expected.items()}
 
-    return jax.jit(init, out_shardings=dict(shardings))()
+    return jax.jit(init, out_shardings={name: shardings[name] for name in expected})()
+
+
+def _frozen_dtype(config: ConfigDict, stored: weights.ArrayInfo | None) -> str:
+    """What a parameter is kept in if it is frozen; one that the file lacks is float32 where the file decides."""
+    if config.frozen_dtype != "file":
+        return config.frozen_dtype
+    return stored.dtype.name if stored is not None and stored.dtype.name in FLOAT_DTYPES else "float32"
 
 
 def _prediction_row(prediction: Prediction, metric: str) -> dict[str, Any]:

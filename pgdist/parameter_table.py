@@ -17,16 +17,17 @@ def describe_parameters(
     *,
     scales: Mapping[str, float],
     decayed: set[str],
-    frozen_dtype: str,
+    frozen_dtypes: Mapping[str, str],
     shardings: Mapping[str, NamedSharding],
 ) -> list[dict[str, Any]]:
     """One JSON-able row a parameter.
 
     scales: learning-rate scale of each, 0 for frozen ones.  decayed: the names that weight decay touches.
+    frozen_dtypes: of each parameter, where it is frozen.
     """
     rows = []
     for name, leaf in shapes.items():
-        dtype = "float32" if scales[name] else frozen_dtype
+        dtype = "float32" if scales[name] else frozen_dtypes[name]
         rows.append(
             {
                 "name": name,

@@ -69,14 +69,17 @@ def split(shape: Sequence[int], *, max_size: int) -> Iterator[Box]:
 
 
 def widen(box: Box, shape: Sequence[int], *, min_run: int) -> Box:
-    """The box, or one around it whose contiguous runs have at least `min_run` elements, if that can be."""
-    wide = list(box)
-    while True:
-        sizes = shape_of(wide)
+    """The box, or one around it that costs less to read: a contiguous run costs its size, but at least `min_run`."""
+
+    def cost(candidate: Box) -> int:
+        sizes = shape_of(candidate)
         first = _contiguous_from(sizes, shape)
-        if not sizes or sizes[first] == shape[first] or math.prod(sizes[first:]) >= min_run:
-            return tuple(wide)
-        wide[first] = (0, shape[first])
+        return math.prod(sizes[:first]) * max(min_run, math.prod(sizes[first:]))
+
+    candidates = [tuple(box)]
+    for axis in reversed(range(len(box))):
+        candidates.append((*box[:axis], *whole(shape[axis:])))
+    return min(candidates, key=cost)
 
 
 def around(several: Sequence[Box]) -> Box:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import stat
 import tempfile
@@ -47,6 +48,19 @@ def open_bytes(path: str | os.PathLike[str]) -> ByteSource:
     if os.fspath(path).startswith("gs://"):
         return _BucketObject(os.fspath(path))
     return _LocalFile(local_path(path))
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in a file; WeightsError where there is none."""
+    with contextlib.closing(open_bytes(path)) as source:
+        content = source.read(0, source.size).tobytes()
+    try:
+        found = json.loads(content)
+    except ValueError as error:
+        raise WeightsError(f"{path}: is not JSON: {error}. Download it again.") from error
+    if not isinstance(found, dict):
+        raise WeightsError(f"{path}: expected a JSON object, found {type(found).__name__}. Download it again.")
+    return found
 
 
 def as_file(source: ByteSource) -> IO[bytes]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from pgdist.errors import WeightsError
 
-# By dtype: the integers of its size, and infinity as one of them: what is not finite is that or greater, after the sign.
+# By dtype: the integers of its size, and infinity as one of them; after the sign, what is not finite is that or more.
 _BITS = {
     np.dtype(np.float32): (np.int32, np.uint32, 0x7F800000),
     np.dtype(np.float16): (np.int16, np.uint16, 0x7C00),

@@ -17,19 +17,21 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
+from pgdist import hub
 from pgdist.errors import WeightsError
 from pgdist.models.paligemma import PaliGemmaConfig, parameter_shapes
 from pgdist.models.presets import config_of
 from pgdist.parameters import flatten
 from pgdist.weights import boxes, mismatch, transformers_config, transformers_layout
 from pgdist.weights.boxes import Box
-from pgdist.weights.casting import cast, check_finite
+from pgdist.weights.casting import cast, check_finite, check_range
 from pgdist.weights.local_path import local_path
 from pgdist.weights.npz_writer import NpzWriter
+from pgdist.weights.opening import open_source
 from pgdist.weights.pieces import ModelArray
 from pgdist.weights.reading_progress import ReadingProgress
 from pgdist.weights.safetensors_writer import SafetensorsWriter
-from pgdist.weights.source import CONFIG, Source, open_source, read_box
+from pgdist.weights.source import CONFIG, Source, read_box
 from pgdist.weights.stored import Block
 from pgdist.weights.transformers_layout import Tensor
 
@@ -47,12 +49,14 @@ def convert(
     force: bool = False,
     allow_non_finite: bool = False,
     tokenizer: PathLike | None = None,
+    config: PaliGemmaConfig | None = None,
 ) -> None:
     """Writes the arrays of a source as a published npz (`target` ends in .npz) or as a transformers folder.
 
     source: anything that `open_source` opens.  dtype: cast floating arrays to it; None keeps each array's own, so
     that nothing is lost.  force: replace what is there.  tokenizer: a SentencePiece model for a transformers folder;
-    the source's own tokenizer files by default, where it is such a folder.
+    the source's own by default, where it is such a folder or a run.  config: the model, for a transformers folder; by
+    default as the source says, or by its shapes (`pgdist.models.presets.config_of`).
 
     An existing target stays as it was until the new one is complete. Raises WeightsError for what is wrong with the
     source, where the target exists or cannot be written, for numbers that are too large for `dtype`, and for a NaN or
@@ -67,7 +71,9 @@ def convert(
             if path.suffix == ".npz":
                 _write_npz(reader, path)
             else:
-                _write_transformers(reader, path, tokenizer=None if tokenizer is None else local_path(tokenizer))
+                _write_transformers(
+                    reader, path, config=config or _config_of(opened), tokenizer=tokenizer or opened.tokenizer
+                )
     logging.info("Wrote %s.", path)
 
 
@@ -99,8 +105,8 @@ class _Reader:
         """A box of the array."""
         numbers = read_box(self.source, array, box, seen=self._seen)
         result = cast(numbers, self.dtype_of(array))
-        if not self._allow_non_finite:
-            check_finite(result, source=numbers, name=array.info.name, path=self.source.name)
+        check = check_range if self._allow_non_finite else check_finite
+        check(result, source=numbers, name=array.info.name, path=self.source.name)
         self.progress.advance(numbers.nbytes)
         return result
 
@@ -119,9 +125,10 @@ def _write_npz(reader: _Reader, path: Path) -> None:
             reader.finish(array)
 
 
-def _write_transformers(reader: _Reader, path: Path, *, tokenizer: Path | None) -> None:
+def _write_transformers(
+    reader: _Reader, path: Path, *, config: PaliGemmaConfig, tokenizer: PathLike | None
+) -> None:
     source = reader.source
-    config = source.config or _config_of(source)
     mismatch.check_fits(
         {name: array.info for name, array in source.arrays.items()},
         expected=flatten(parameter_shapes(config)),
@@ -140,7 +147,7 @@ def _write_transformers(reader: _Reader, path: Path, *, tokenizer: Path | None) 
         transformers_config.write_processor_files(
             folder,
             config=config,
-            tokenizer=tokenizer,
+            tokenizer=hub.fetch_file(os.fspath(tokenizer), field="tokenizer") if tokenizer else None,
             source=None if source.folder is None else Path(source.folder),
         )
         with SafetensorsWriter(folder, tensors) as writer:
@@ -194,6 +201,8 @@ def _blocks_of(tensor: Tensor, array: ModelArray) -> Iterator[Box]:
 
 
 def _config_of(source: Source) -> PaliGemmaConfig:
+    if source.config is not None:
+        return source.config
     try:
         return config_of({name: array.info.shape for name, array in source.arrays.items()})
     except (KeyError, IndexError, ValueError) as error:

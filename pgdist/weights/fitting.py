@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -60,15 +61,28 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 class _ComputedArray:
-    """A StoredArray that is made of others when a box of it is read."""
+    """A StoredArray that is made of others when a box of it is read.
+
+    stored: the source's arrays.  seen: what `compute` has read of which of them.  forget: lets go of what it keeps.
+    """
 
     min_run = 1
 
-    def __init__(self, info: ArrayInfo, compute: Callable[[Box], np.ndarray], release: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        info: ArrayInfo,
+        *,
+        compute: Callable[[Box], np.ndarray],
+        forget: Callable[[], None],
+        stored: Mapping[str, StoredArray],
+        seen: Mapping[str, list[Block]],
+    ) -> None:
         self.info = info
         self.nbytes = info.nbytes
         self._compute = compute
-        self.release = release
+        self._forget = forget
+        self._stored = stored
+        self._seen = seen
 
     def read(self, view: Sequence[int], box: Box) -> Block:
         """See StoredArray; `view` is the array's own shape."""
@@ -77,7 +91,15 @@ class _ComputedArray:
         return Block(box=box, numbers=numbers, offset=offset, size=numbers.nbytes, crc=None)
 
     def check(self, blocks: Iterable[Block]) -> None:
-        """What it is made of has been checked."""
+        """Checks what it is made of."""
+        for name, found in self._seen.items():
+            self._stored[name].check(found)
+
+    def release(self) -> None:
+        """See StoredArray."""
+        self._forget()
+        for name in self._seen:
+            self._stored[name].release()
 
 
 def _resized(source: Source, array: ModelArray, shape: tuple[int, ...]) -> StoredArray | None:
@@ -92,15 +114,22 @@ def _resized(source: Source, array: ModelArray, shape: tuple[int, ...]) -> Store
         "%s: resized from %d x %d to %d x %d image tokens, bilinearly.", _POSITIONS, *[sides[0]] * 2, *[sides[1]] * 2
     )
 
+    seen: dict[str, list[Block]] = {}
+    lock = threading.Lock()  # one thread reads and resizes, the others wait for it
+
     @functools.cache
     def resize() -> np.ndarray:
-        numbers = read_box(source, array, boxes.whole(old)).astype(np.float32)
+        numbers = read_box(source, array, boxes.whole(old), seen=seen).astype(np.float32)
         grid = numbers.reshape(sides[0], sides[0], old[2])
         factor = sides[1] / sides[0]
         return scipy.ndimage.zoom(grid, (factor, factor, 1), order=1).reshape(shape)
 
+    def part(box: Box) -> np.ndarray:
+        with lock:
+            return resize()[boxes.within(box, boxes.whole(shape))]
+
     info = ArrayInfo(name=f"{_POSITIONS} (resized)", shape=shape, dtype=np.dtype(np.float32))
-    return _ComputedArray(info, lambda box: resize()[boxes.within(box, boxes.whole(shape))], resize.cache_clear)
+    return _ComputedArray(info, compute=part, forget=resize.cache_clear, stored=source.stored, seen=seen)
 
 
 def _extended(source: Source, array: ModelArray, shape: tuple[int, ...], *, seed: int) -> StoredArray | None:
@@ -114,6 +143,8 @@ def _extended(source: Source, array: ModelArray, shape: tuple[int, ...], *, seed
         _EMBEDDING, old[0], shape[0], _NEW_ROW_SCALE, seed,
     )  # fmt: skip
 
+    seen: dict[str, list[Block]] = {}
+
     @functools.cache
     def new_rows() -> np.ndarray:
         rows = np.random.default_rng(seed).standard_normal((more, shape[1]), dtype=np.float32)
@@ -123,18 +154,13 @@ def _extended(source: Source, array: ModelArray, shape: tuple[int, ...], *, seed
         (lo, hi), columns = box
         found = []
         if lo < old[0]:
-            found.append(read_box(source, array, ((lo, min(hi, old[0])), columns)))
+            found.append(read_box(source, array, ((lo, min(hi, old[0])), columns), seen=seen))
         if hi > old[0]:
             found.append(new_rows()[max(0, lo - old[0]) : hi - old[0], slice(*columns)])
         return np.concatenate(found)
 
-    def release() -> None:
-        new_rows.cache_clear()
-        for piece in array.pieces:
-            source.stored[piece.stored_name].release()
-
     info = ArrayInfo(name=f"{_EMBEDDING} (extended)", shape=shape, dtype=array.info.dtype)
-    return _ComputedArray(info, rows, release)
+    return _ComputedArray(info, compute=rows, forget=new_rows.cache_clear, stored=source.stored, seen=seen)
 
 
 @functools.cache

@@ -106,7 +106,9 @@ def _stack(name: str, layers: Mapping[int, ModelArray], *, path: object) -> Mode
     shapes = sorted({info.shape for info in infos})
     if sorted(layers) != list(range(len(layers))) or len(shapes) > 1:
         found = f"layers {sorted(layers)} of shapes {shapes}"
-        raise WeightsError(f"{path}: cannot stack the layers of {name!r}: expected 0, 1, ... of one shape, found {found}.")
+        raise WeightsError(
+            f"{path}: cannot stack the layers of {name!r}: expected 0, 1, ... of one shape, found {found}."
+        )
     info = ArrayInfo(
         name=name, shape=(len(layers), *shapes[0]), dtype=np.result_type(*{info.dtype for info in infos})
     )

@@ -22,11 +22,12 @@ from pgdist import cluster
 from pgdist.weights import boxes, fitting, mismatch, reading_plan
 from pgdist.weights.array_info import ArrayInfo
 from pgdist.weights.casting import cast, check_finite, may_overflow
+from pgdist.weights.opening import open_source
 from pgdist.weights.pieces import ModelArray
 from pgdist.weights.placement import ShardBuffers, needed_boxes
 from pgdist.weights.reading_plan import Read
 from pgdist.weights.reading_progress import ReadingProgress
-from pgdist.weights.source import Source, open_source
+from pgdist.weights.source import Source
 from pgdist.weights.stored import Block
 
 PathLike = str | os.PathLike[str]
@@ -125,6 +126,7 @@ class _ArrayLoad:
         self._futures: list[concurrent.futures.Future[Block]] = []
         needed = needed_boxes(array.info.shape, self._reading_sharding)
         self._reads = list(reading_plan.reads(array, source.stored, needed, max_bytes=_BLOCK_BYTES))
+        self.stored_names = tuple(dict.fromkeys(read.piece.stored_name for read in self._reads))
         self.nbytes = sum(self._size_of(read) for read in self._reads)
         self.buffer_bytes = sum(boxes.size_of(box) for box in needed) * dtype.itemsize
 
@@ -133,15 +135,18 @@ class _ArrayLoad:
         self._buffers = ShardBuffers(self._array.info.shape, dtype=self._dtype, sharding=self._reading_sharding)
         self._futures = [pool.submit(self._read, read) for read in self._reads]
 
-    def finish(self, progress: ReadingProgress, blocks: dict[str, list[Block]]) -> jax.Array:
+    def finish(
+        self, progress: ReadingProgress, blocks: dict[str, list[Block]], *, done_with: Sequence[str]
+    ) -> jax.Array:
         """The array, when all of it is read; what went wrong in one process ends all that share it.
 
-        blocks: what has been read of each stored array, for its checksum.
+        blocks: what has been read of each stored array, for its checksum.  done_with: stored arrays of which nothing
+        is read after this.
         """
         if self.is_spread:
-            cluster.together(lambda: self._wait(progress, blocks))
+            cluster.together(lambda: self._wait(progress, blocks, done_with))
         else:
-            self._wait(progress, blocks)
+            self._wait(progress, blocks, done_with)
         array = self._buffers.to_devices()
         self._buffers = None
         if self._reading_sharding is not self._sharding:
@@ -154,12 +159,14 @@ class _ArrayLoad:
         for future in self._futures:
             future.cancel()
 
-    def _wait(self, progress: ReadingProgress, blocks: dict[str, list[Block]]) -> None:
+    def _wait(
+        self, progress: ReadingProgress, blocks: dict[str, list[Block]], done_with: Sequence[str]
+    ) -> None:
         for read, future in zip(self._reads, self._futures, strict=True):
             blocks[read.piece.stored_name].append(future.result())
             progress.advance(self._size_of(read))
         self._futures = []
-        for name in dict.fromkeys(read.piece.stored_name for read in self._reads):
+        for name in done_with:
             self._source.stored[name].check(blocks[name])
             self._source.stored[name].release()
 
@@ -184,6 +191,7 @@ class _ArrayLoad:
 def _run(loads: Sequence[_ArrayLoad], source: Source) -> dict[str, jax.Array]:
     """Reads all arrays in order, several at once as long as their buffers are no more than the largest one's."""
     room = max((load.buffer_bytes for load in loads), default=0)
+    last_of = {name: load for load in loads for name in load.stored_names}
     arrays: dict[str, jax.Array] = {}
     blocks: dict[str, list[Block]] = collections.defaultdict(list)
     started: collections.deque[_ArrayLoad] = collections.deque()
@@ -193,7 +201,9 @@ def _run(loads: Sequence[_ArrayLoad], source: Source) -> dict[str, jax.Array]:
     ):
 
         def finish_first() -> None:
-            arrays[started[0].name] = started[0].finish(progress, blocks)
+            load = started[0]
+            done_with = [name for name in load.stored_names if last_of[name] is load]
+            arrays[load.name] = load.finish(progress, blocks, done_with=done_with)
             started.popleft()
 
         for load in loads:
