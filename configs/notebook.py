@@ -1,10 +1,11 @@
 """The tutorial "Fine-tune PaliGemma with JAX" at full size: PaliGemma 3B at 224 px on longcap100, attention
 only, one T4.
 
-Download `paligemma-3b-pt-224.f16.npz`, `paligemma_tokenizer.model` and longcap100 (90 + 10 images with long
-captions) into one folder `paligemma/`, then:
-
     python -m launch.train --config=configs/notebook.py --workdir=runs/notebook
+
+fetches the weights from Kaggle (accept the licence at kaggle.com/models/google/paligemma and set KAGGLE_API_TOKEN), and
+the tokenizer and longcap100 (90 + 10 images with long captions) from public buckets. examples/finetune_paligemma.ipynb
+is the same as a notebook.
 """
 
 from ml_collections import ConfigDict
@@ -20,13 +21,13 @@ def get_config() -> ConfigDict:
     # float16's range, in float32.
     c.model.image_dtype = "float16"
     c.model.text_dtype = "float32"
-    c.init = "paligemma/paligemma-3b-pt-224.f16.npz"
-    c.tokenizer = "paligemma/paligemma_tokenizer.model"
+    c.init = "kaggle://google/paligemma/jax/paligemma-3b-pt-224/paligemma-3b-pt-224.f16.npz"
+    c.tokenizer = "gs://big_vision/paligemma_tokenizer.model"
     c.frozen_dtype = "float16"
     c.trainable = (("llm/layers/attn/.*", 1.0), (".*", 0.0))
 
-    c.data.train = "paligemma/longcap100/data_train90.jsonl"
-    c.data.validation = "paligemma/longcap100/data_val10.jsonl"
+    c.data.train = "gs://longcap100/data_train90.jsonl"
+    c.data.validation = "gs://longcap100/data_val10.jsonl"
     c.data.prefix = "caption en"
     c.data.lowercase = True
     c.data.text_length = 128

@@ -1,5 +1,6 @@
 """The attempts of a job, as files in its workdir: who holds it, how each process ended, whether to try again.
 
+    attempts/000/claimed.json     made by the one who runs this attempt
     attempts/000/lease.json       who runs this attempt; rewritten every few seconds while it lives
     attempts/000/token.json       written by the first host, read by all: they do share the folder
     attempts/000/host_000.json    what each process of a host does, and how it ended
@@ -7,7 +8,7 @@
     attempts/restarts.json        failures and preemptions of the job so far
     attempts/cancelled.json       a job that is not to be started again
 
-An attempt's folder is claimed by making it, which one claimant alone can do; a lease that is no longer
+An attempt is claimed by making its claimed.json, which one claimant alone can do; a lease that is no longer
 rewritten belongs to nobody. Needs no JAX; the workdir may be a URL that etils.epath opens.
 """
 

@@ -21,11 +21,16 @@ from launch import entry
 from pgdist.errors import ConfigError
 
 _DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"], "Cast the numbers to it; by default they stay as they are."
+    "dtype",
+    None,
+    ["float32", "bfloat16", "float16"],
+    "Cast the numbers to it; by default they stay as they are.",
 )
 _FORCE = flags.DEFINE_bool("force", False, "Replace a target that is there.")
 _TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "SentencePiece model for a transformers folder; by default the source's own, if it has one."
+    "tokenizer",
+    None,
+    "SentencePiece model for a transformers folder; by default the source's own, if it has one.",
 )
 _ALLOW_NON_FINITE = flags.DEFINE_bool("allow_non_finite", False, "Let NaN and infinity pass.")
 

@@ -1,4 +1,4 @@
-"""Devices, and the job of several processes that this one belongs to
+"""Devices, and the job of several processes that this one belongs to.
 
 The flags for it that the commands share, and what to do with them before anything looks at a device. Where they
 say nothing the environment does: PGDIST_COORDINATOR, PGDIST_NUM_PROCESSES, PGDIST_PROCESS_ID,

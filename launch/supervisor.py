@@ -25,9 +25,8 @@ from launch.verdict import PEER_LOST, PERMANENT, PREEMPTED, verdict
 from pgdist.heartbeat import Phase
 
 STOPPED_SECONDS = 4.0  # a process may be stopped (SIGSTOP, a debugger) before it counts as lost
-_SETTLE_SECONDS = (
-    3.0  # for the peers of one that has failed: more than the two in which they agree on a mistake
-)
+# For the peers of one that has failed: more than the two in which they agree on a mistake.
+_SETTLE_SECONDS = 3.0
 _STACK_SECONDS = 1.0  # to write stacks
 _END_SECONDS = 10.0  # for other hosts to report, once all has been told to end
 _POLL_SECONDS = 0.1
@@ -324,9 +323,8 @@ class Supervisor:
             self._attempt.write_host(self._host, self.facts())
         except LeaseLostError as error:
             self._fail(f"the workdir was taken over: {error}")
-        except (
-            Exception
-        ) as error:  # a full disk ends no run by itself, nor does a bucket, whose errors are many
+        # A full disk ends no run by itself, nor does a bucket, whose errors are many.
+        except Exception as error:
             self._say(f"cannot write into {self._attempt.folder}: {error}")
 
 

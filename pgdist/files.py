@@ -259,9 +259,8 @@ def prepare_buckets(wanted: str) -> None:
 
 def _names_in(path: epath.Path) -> list[str]:
     try:
-        return [
-            child.name for child in path.iterdir() if child != path
-        ]  # a folder's own marker is listed, too
+        # A folder's own marker is listed, too.
+        return [child.name for child in path.iterdir() if child != path]
     except FileNotFoundError:
         return []
 

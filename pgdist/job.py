@@ -46,8 +46,8 @@ from pgdist.workdir import Workdir, write_json, write_jsonl
 PyTree = Any
 _SHOWN_EXAMPLES = 8  # of the first batch, in the report
 _INIT_HINT = (
-    "What either lacks on purpose is named in --config.init_skip; a tower in a file of its own is added to --config.init "
-    "after a comma."
+    "What either lacks on purpose is named in --config.init_skip; a tower in a file of its own is added to "
+    "--config.init after a comma."
 )
 
 

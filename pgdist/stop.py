@@ -17,7 +17,6 @@ from types import TracebackType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-
 # Seconds in which a further signal is the same request: `timeout` signals a process, and then its group.
 _SAME_REQUEST = 0.25
 

@@ -26,7 +26,6 @@ _GPUS = flags.DEFINE_string(
 )
 _RANKS = flags.DEFINE_string("ranks", "", "Processes whose lines are shown, as in 0,3; all by default.")
 
-
 _SECONDS_TO_FAIL = 2.0  # in which an agent notices what is wrong with its flags
 
 

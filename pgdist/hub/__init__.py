@@ -7,6 +7,7 @@ is down. Of several processes of one host one fetches and the others wait. Needs
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -29,10 +30,8 @@ def fetch_model(name: str) -> str:
     """
     asked = Asked(name=name, field="config.init", error=WeightsError)
     match _scheme(asked):
-        case "hf":
-            return str(huggingface.fetch(asked, names.hub_name(asked)))
-        case "kaggle":
-            return str(kaggle.fetch(asked, names.kaggle_name(asked)))
+        case "hf" | "kaggle":
+            return str(_fetch_published(asked))
         case "gs":
             return name
         case "":
@@ -50,9 +49,9 @@ def fetch_file(name: str, *, field: str) -> Path:
                 raise asked.failure(
                     f"this is a whole repository; expected one file of it, as {names.HUB_FILE}."
                 )
-            return huggingface.fetch(asked, wanted)
+            return _fetch_published(asked)
         case "kaggle":
-            return kaggle.fetch(asked, names.kaggle_name(asked))
+            return _fetch_published(asked)
         case "gs":
             return buckets.fetch_file(asked, names.bucket_name(asked))
         case "":
@@ -73,6 +72,13 @@ def fetch_examples(name: str, *, field: str) -> Path:
         case "":
             return Path(os.path.expanduser(name))
     raise asked.failure(f"expected {_EXAMPLES}; examples from elsewhere must be copied to one of these.")
+
+
+@functools.cache  # a process that asks again means the same revision
+def _fetch_published(asked: Asked) -> Path:
+    if _scheme(asked) == "hf":
+        return huggingface.fetch(asked, names.hub_name(asked))
+    return kaggle.fetch(asked, names.kaggle_name(asked))
 
 
 def _scheme(asked: Asked) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
@@ -30,3 +31,14 @@ class ArrayInfo:
     def nbytes(self) -> int:
         """Bytes of data."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The narrowest dtype that holds the numbers of all of them exactly."""
+    different = set(dtypes)
+    if len(different) == 1:
+        return next(iter(different))
+    try:
+        return np.result_type(*different)
+    except TypeError:  # float16 and bfloat16, which numpy does not put together
+        return np.result_type(np.float32, *(dtype for dtype in different if dtype.itemsize > 2))

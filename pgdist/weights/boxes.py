@@ -76,10 +76,10 @@ def widen(box: Box, shape: Sequence[int], *, min_run: int) -> Box:
         first = _contiguous_from(sizes, shape)
         return math.prod(sizes[:first]) * max(min_run, math.prod(sizes[first:]))
 
-    candidates = [tuple(box)]
-    for axis in reversed(range(len(box))):
-        candidates.append((*box[:axis], *whole(shape[axis:])))
-    return min(candidates, key=cost)
+    if size_of(box) == 0:
+        return box
+    filled = ((*box[:axis], *whole(shape[axis:])) for axis in reversed(range(len(box))))
+    return min((box, *filled), key=cost)
 
 
 def around(several: Sequence[Box]) -> Box:

@@ -56,10 +56,12 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         content = source.read(0, source.size).tobytes()
     try:
         found = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: is not JSON: {error}. Download it again.") from error
     if not isinstance(found, dict):
-        raise WeightsError(f"{path}: expected a JSON object, found {type(found).__name__}. Download it again.")
+        raise WeightsError(
+            f"{path}: expected a JSON object, found {type(found).__name__}. Download it again."
+        )
     return found
 
 
@@ -198,7 +200,9 @@ def _blaming_bucket(url: str):
     try:
         yield
     except FileNotFoundError as error:
-        raise WeightsError(f"{url}: there is no such object. List what there is: gcloud storage ls.") from error
+        raise WeightsError(
+            f"{url}: there is no such object. List what there is: gcloud storage ls."
+        ) from error
     except (UserError, EOFError):
         raise
     except Exception as error:  # of gcsfs, aiohttp, google.auth: no common type

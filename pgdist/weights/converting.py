@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from pgdist import hub
+from pgdist import files, hub
 from pgdist.errors import WeightsError
 from pgdist.models.paligemma import PaliGemmaConfig, parameter_shapes
 from pgdist.models.presets import config_of
@@ -66,7 +66,9 @@ def convert(
     _check_target(path, force=force)
     with open_source(source) as opened:
         reader = _Reader(opened, dtype=dtype, allow_non_finite=allow_non_finite)
-        logging.info("Converting %s to %s: %d arrays, %s.", opened.name, path, len(opened.arrays), reader.summary())
+        logging.info(
+            "Converting %s to %s: %d arrays, %s.", opened.name, path, len(opened.arrays), reader.summary()
+        )
         with ReadingProgress(opened.name, reader.nbytes) as reader.progress:
             if path.suffix == ".npz":
                 _write_npz(reader, path)
@@ -138,7 +140,8 @@ def _write_transformers(
     rows = transformers_config.padded_vocab_size(config)
     table = transformers_layout.tensors(config, padded_vocab_size=rows)
     tensors = {
-        name: (tensor.shape, reader.dtype_of(source.arrays[tensor.model_name])) for name, tensor in table.items()
+        name: (tensor.shape, reader.dtype_of(source.arrays[tensor.model_name]))
+        for name, tensor in table.items()
     }
     dtype = max((dtype for _, dtype in tensors.values()), key=lambda dtype: dtype.itemsize)
     with _new_folder(path) as folder:
@@ -148,7 +151,7 @@ def _write_transformers(
             folder,
             config=config,
             tokenizer=hub.fetch_file(os.fspath(tokenizer), field="tokenizer") if tokenizer else None,
-            source=None if source.folder is None else Path(source.folder),
+            source=_tokenizer_folder(source),
         )
         with SafetensorsWriter(folder, tensors) as writer:
             for array in source.arrays.values():
@@ -156,6 +159,15 @@ def _write_transformers(
                     if tensor.model_name == array.info.name:
                         _write_tensor(reader, writer, name, tensor, array)
                 reader.finish(array)
+
+
+def _tokenizer_folder(source: Source) -> Path | None:
+    """The local folder that has the tokenizer's files of a transformers folder; None for other sources."""
+    if source.folder is None or not files.is_url(source.folder):
+        return None if source.folder is None else Path(source.folder)
+    names = [name for name in files.names_in(source.folder) if name in transformers_config.TOKENIZER_FILES]
+    fetched = [hub.fetch_file(f"{source.folder}/{name}", field="tokenizer") for name in names]
+    return fetched[0].parent if fetched else None
 
 
 def _write_tensor(
@@ -234,7 +246,12 @@ def _new_folder(path: Path) -> Iterator[Path]:
         old = path.with_name(f"{partial.name}.old")
         if path.exists():
             os.rename(path, old)
-        os.rename(partial, path)
+        try:
+            os.rename(partial, path)
+        except OSError:
+            if old.exists():
+                os.rename(old, path)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise WeightsError(

@@ -111,7 +111,10 @@ def _resized(source: Source, array: ModelArray, shape: tuple[int, ...]) -> Store
     if [side * side for side in sides] != [old[1], shape[1]] or 0 in sides:
         return None
     logging.info(
-        "%s: resized from %d x %d to %d x %d image tokens, bilinearly.", _POSITIONS, *[sides[0]] * 2, *[sides[1]] * 2
+        "%s: resized from %d x %d to %d x %d image tokens, bilinearly.",
+        _POSITIONS,
+        *[sides[0]] * 2,
+        *[sides[1]] * 2,
     )
 
     seen: dict[str, list[Block]] = {}

@@ -12,10 +12,8 @@ import dataclasses
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-import numpy as np
-
 from pgdist.errors import WeightsError
-from pgdist.weights.array_info import ArrayInfo, Shaped
+from pgdist.weights.array_info import ArrayInfo, Shaped, common_dtype
 from pgdist.weights.pieces import ModelArray, Piece, whole_piece
 
 _PREFIX = "params/"
@@ -88,7 +86,8 @@ def _arrays_of(info: ArrayInfo, tower: str) -> list[ModelArray]:
             info=ArrayInfo(name=base + _QUERY, shape=(*lead, *tail), dtype=info.dtype), pieces=(query,)
         ),
         ModelArray(
-            info=ArrayInfo(name=base + _KEY_VALUE, shape=(*lead, 2, *tail), dtype=info.dtype), pieces=(key_value,)
+            info=ArrayInfo(name=base + _KEY_VALUE, shape=(*lead, 2, *tail), dtype=info.dtype),
+            pieces=(key_value,),
         ),
     ]
 
@@ -110,7 +109,7 @@ def _stack(name: str, layers: Mapping[int, ModelArray], *, path: object) -> Mode
             f"{path}: cannot stack the layers of {name!r}: expected 0, 1, ... of one shape, found {found}."
         )
     info = ArrayInfo(
-        name=name, shape=(len(layers), *shapes[0]), dtype=np.result_type(*{info.dtype for info in infos})
+        name=name, shape=(len(layers), *shapes[0]), dtype=common_dtype(info.dtype for info in infos)
     )
     pieces = (dataclasses.replace(layers[i].pieces[0], index=(i,)) for i in range(len(layers)))
     return ModelArray(info=info, pieces=tuple(pieces))

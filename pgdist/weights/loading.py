@@ -84,10 +84,20 @@ def load(
     expected = {name: leaf for name, leaf in expected.items() if not fitting.matches(name, skip)}
     wanted = {name: np.dtype((dtypes or {}).get(name, leaf.dtype)) for name, leaf in expected.items()}
     shardings = shardings or {}
-    with open_source(path) as source:
-        source = fitting.fit(source, expected, skip=skip, seed=seed)
+    opened: list[Source] = []
+
+    def open_fitting_source() -> None:
+        source = fitting.fit(stack.enter_context(open_source(path)), expected, skip=skip, seed=seed)
         found = {name: array.info for name, array in source.arrays.items()}
         mismatch.check_fits(found, expected=expected, path=source.name, layouts=layouts, hint=hint)
+        opened.append(source)
+
+    with contextlib.ExitStack() as stack:
+        if any(map(reading_plan.is_spread, shardings.values())):
+            cluster.together(open_fitting_source)
+        else:
+            open_fitting_source()
+        (source,) = opened
         loads = [
             _ArrayLoad(
                 array,
@@ -132,7 +142,9 @@ class _ArrayLoad:
 
     def start(self, pool: concurrent.futures.Executor) -> None:
         """Allocates the buffers and begins to read."""
-        self._buffers = ShardBuffers(self._array.info.shape, dtype=self._dtype, sharding=self._reading_sharding)
+        self._buffers = ShardBuffers(
+            self._array.info.shape, dtype=self._dtype, sharding=self._reading_sharding
+        )
         self._futures = [pool.submit(self._read, read) for read in self._reads]
 
     def finish(

@@ -135,7 +135,9 @@ class NpzReader:
             path=self.path,
             stored_dtype=dtype,
             # What is inflated has been compared already.
-            checksum=Checksum(header=zlib.crc32(content[:header_bytes]), total=entry.CRC) if is_stored else None,
+            checksum=Checksum(header=zlib.crc32(content[:header_bytes]), total=entry.CRC)
+            if is_stored
+            else None,
         )
         if fortran_order and len(shape) > 1:
             self.fortran_order.add(name)

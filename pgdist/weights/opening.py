@@ -93,7 +93,9 @@ def _safetensors_in(name: str) -> str | None:
     if len(others) == 1:
         return others[0]
     if others:
-        raise WeightsError(f"{name}: holds several safetensors files and no index: {', '.join(others[:5])}. Name one.")
+        raise WeightsError(
+            f"{name}: holds several safetensors files and no index: {', '.join(others[:5])}. Name one."
+        )
     if pickled := [file for file in there if file.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
         raise WeightsError(
             f"{name}: holds {pickled[0]}, a pickle, which may run any code and is never loaded. Use a folder with "
@@ -119,5 +121,8 @@ def _join(sources: Sequence[Source]) -> Source:
         return hashlib.sha256(repr([source.fingerprint() for source in sources]).encode()).hexdigest()
 
     return Source(
-        name=" and ".join(source.name for source in sources), arrays=arrays, stored=stored, fingerprint=fingerprint
+        name=" and ".join(source.name for source in sources),
+        arrays=arrays,
+        stored=stored,
+        fingerprint=fingerprint,
     )

@@ -43,12 +43,16 @@ class ReadingProgress:
             self._bar.start()
         return self
 
-    def __exit__(self, error_type: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: object, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
         if error_type is None and self._total >= _WORTH_A_LINE:
             seconds = time.monotonic() - self._started
-            logging.info("Read %s of %s in %.1f s (%s/s).", _bytes(self._done), self._name, seconds, self._rate())
+            logging.info(
+                "Read %s of %s in %.1f s (%s/s).", _bytes(self._done), self._name, seconds, self._rate()
+            )
 
     def advance(self, count: int) -> None:
         """So many bytes more have been read."""

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import tensorstore
 from etils import epath
@@ -67,7 +68,9 @@ def open_run(name: RunName, open_base: Opener) -> Iterator[Source]:
         init, softcap = config["init"], config["model"]["final_logits_softcap"]
         seed, skip, tokenizer = config["seed"], config.get("init_skip", ()), config["tokenizer"]
     except (KeyError, TypeError) as error:
-        raise WeightsError(f"{name.folder}: its {_CONFIG} or {_PARAMETERS} is damaged: no {error}.") from error
+        raise WeightsError(
+            f"{name.folder}: its {_CONFIG} or {_PARAMETERS} is damaged: no {error}."
+        ) from error
     checkpoint = _Checkpoint(folder / _CHECKPOINTS, name, trained, shapes)
     stored: dict[str, Any] = dict(checkpoint.arrays)
     arrays = {name: ModelArray(info=a.info, pieces=(whole_piece(a.info),)) for name, a in stored.items()}
@@ -77,12 +80,16 @@ def open_run(name: RunName, open_base: Opener) -> Iterator[Source]:
             base = stack.enter_context(open_base(init))
             checkpoint.check_base(base, init)
             processor_folder = base.folder
-            expected = {name: ArrayInfo(name=name, shape=shape, dtype=np.dtype("f4")) for name, shape in shapes.items()}
+            expected = {
+                name: ArrayInfo(name=name, shape=shape, dtype=np.dtype("f4"))
+                for name, shape in shapes.items()
+            }
             fitted = fitting.fit(base, expected, skip=skip, seed=seed)
             stored = dict(fitted.stored) | {f"trained:{name}": array for name, array in stored.items()}
             arrays = dict(fitted.arrays) | {
                 name: ModelArray(
-                    info=array.info, pieces=(dataclasses.replace(array.pieces[0], stored_name=f"trained:{name}"),)
+                    info=array.info,
+                    pieces=(dataclasses.replace(array.pieces[0], stored_name=f"trained:{name}"),),
                 )
                 for name, array in arrays.items()
             }
@@ -106,7 +113,11 @@ class _Checkpoint:
     """One of a run's checkpoints: its step, and the trained arrays in it."""
 
     def __init__(
-        self, directory: epath.Path, name: RunName, trained: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
+        self,
+        directory: epath.Path,
+        name: RunName,
+        trained: Sequence[str],
+        shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
         steps = _steps(directory)
         step = name.step if name.step is not None else max(steps, default=None)
@@ -116,7 +127,8 @@ class _Checkpoint:
             raise WeightsError(f"{name.folder}: expected {wanted}; {there}.")
         self.step = step
         self._path = directory / str(step)
-        metadata = ocp.metadata(self._path).custom_metadata or {}
+        with _alone():
+            metadata = ocp.metadata(self._path).custom_metadata or {}
         self._base = metadata.get("base_weights")
         self._checksums = metadata.get("checksums", [])
         # The step, the trained arrays in the order of their tree, and the optimizer's state.
@@ -183,6 +195,9 @@ class _TrainedArray:
             url = os.fspath(self._path / "state")
             spec = {
                 "driver": "zarr3",
+                # A finished checkpoint does not change: its index is read once.
+                "recheck_cached_metadata": "open",
+                "recheck_cached_data": "open",
                 "kvstore": {
                     "driver": "ocdbt",
                     "base": f"{url if files.is_url(url) else f'file://{os.path.abspath(url)}'}/",
@@ -194,12 +209,19 @@ class _TrainedArray:
 
 
 def _steps(directory: epath.Path) -> list[int]:
-    """The steps that have a finished checkpoint, ascending."""
-    if not directory.exists():
-        return []
-    path = directory if files.is_url(directory) else epath.Path(os.path.abspath(directory))
-    with contextlib.closing(ocp.training.Checkpointer(path)) as checkpointer:
-        return [checkpoint.step for checkpoint in checkpointer.checkpoints]
+    """The steps that have a finished checkpoint, ascending: Orbax renames it when it is, or marks it in a bucket."""
+    names = [name for name in files.names_in(directory) if name.isdecimal()]
+    if files.is_url(directory):
+        names = [name for name in names if (directory / name / "commit_success.txt").exists()]
+    return sorted(map(int, names))
+
+
+def _alone() -> ocp.Context:
+    """For Orbax: this process reads by itself, whatever the others of the job do."""
+    context = ocp.Context()
+    context.multiprocessing.primary_host = jax.process_index()
+    context.multiprocessing.active_processes = {jax.process_index()}
+    return context
 
 
 def _folder(name: str) -> epath.Path:

@@ -31,6 +31,8 @@ DTYPES = {
     "U8": np.dtype("u1"), "BOOL": np.dtype("?"),
 }  # fmt: skip
 _LARGEST_HEADER = 100 * 10**6  # bytes, the format's own limit
+# What reading JSON of another form, or nested without end, raises.
+_NOT_AS_IT_SHOULD_BE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 class SafetensorsReader:
@@ -74,9 +76,13 @@ class SafetensorsReader:
         folder = self.path.rpartition("/")[0]
         shards = list(dict.fromkeys(weight_map.values()))
         if bad := [shard for shard in shards if os.path.basename(shard) != shard]:
-            raise WeightsError(f"{self.path}: names a shard outside its folder: {bad[0]!r}. Use another file.")
+            raise WeightsError(
+                f"{self.path}: names a shard outside its folder: {bad[0]!r}. Use another file."
+            )
         paths = {shard: os.path.join(folder, shard) for shard in shards}
-        missing = [shard for shard, path in paths.items() if not files.is_url(path) and not os.path.exists(path)]
+        missing = [
+            shard for shard, path in paths.items() if not files.is_url(path) and not os.path.exists(path)
+        ]
         if missing:
             raise WeightsError(
                 f"{self.path}: names {len(shards)} shards, of which {len(missing)} "
@@ -95,12 +101,12 @@ class SafetensorsReader:
         header, start = _read_header(source)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
             if name in self.arrays:
-                raise WeightsError(f"{path}: array {name!r} is in another shard too. Download the shards again.")
+                raise WeightsError(
+                    f"{path}: array {name!r} is in another shard too. Download the shards again."
+                )
             begin = entry["data_offsets"][0]
             info = ArrayInfo(name=name, shape=tuple(entry["shape"]), dtype=DTYPES[entry["dtype"]])
-            self.arrays[name] = FileArray(
-                info, data=ByteRange(source=source, start=start + begin), path=path
-            )
+            self.arrays[name] = FileArray(info, data=ByteRange(source=source, start=start + begin), path=path)
         self._headers.append((os.path.basename(path), source.size, json.dumps(header, sort_keys=True)))
 
 
@@ -111,7 +117,7 @@ def _read_index(path: str) -> Mapping[str, str]:
         weight_map = json.loads(content)["weight_map"]
         if not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise ValueError("its weight_map is empty, or names no files")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except _NOT_AS_IT_SHOULD_BE as error:
         raise WeightsError(
             f"{path}: expected JSON with a weight_map from arrays to shards, found: {error}. Download it again."
         ) from error
@@ -135,7 +141,7 @@ def _read_header(source: ByteSource) -> tuple[dict[str, dict[str, Any]], int]:
         data_size = source.size - 8 - size
         for name, entry in header.items():
             _check_entry(name, entry)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except _NOT_AS_IT_SHOULD_BE as error:
         found = f"no {error}" if isinstance(error, KeyError) else error
         raise WeightsError(f"{source.name}: its header is damaged: {found}. {advice}") from error
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -15,6 +16,7 @@ from pgdist.weights.safetensors_reader import DTYPES, INDEX_SUFFIX, SUFFIX
 
 _SHARD_BYTES = 5 * 10**9  # as published
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LARGEST_WRITE = 2**30  # bytes; Linux takes at most 2 GiB at once
 _ALIGNMENT = 8  # bytes, of the header's end
 
 
@@ -40,24 +42,32 @@ class SafetensorsWriter:
     ) -> None:
         self._places: dict[str, _Place] = {}
         self._files: dict[Path, int] = {}
+        self._open_files = contextlib.ExitStack()
         sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in tensors.items()}
         shards = _split(sizes, shard_bytes)
-        for number, names in enumerate(shards, start=1):
-            name = f"model{SUFFIX}" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}{SUFFIX}"
-            self._lay_out(folder / name, {name: tensors[name] for name in names})
-        if len(shards) > 1:
-            weight_map = {name: place.file.name for name, place in sorted(self._places.items())}
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-            (folder / f"model{INDEX_SUFFIX}").write_text(json.dumps(index, indent=2) + "\n")
+        with contextlib.ExitStack() as on_error:
+            on_error.enter_context(self._open_files)
+            for number, names in enumerate(shards, start=1):
+                name = (
+                    f"model{SUFFIX}"
+                    if len(shards) == 1
+                    else f"model-{number:05d}-of-{len(shards):05d}{SUFFIX}"
+                )
+                self._lay_out(folder / name, {name: tensors[name] for name in names})
+            if len(shards) > 1:
+                weight_map = {name: place.file.name for name, place in sorted(self._places.items())}
+                index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+                (folder / f"model{INDEX_SUFFIX}").write_text(json.dumps(index, indent=2) + "\n")
+            on_error.pop_all()
 
     def __enter__(self) -> SafetensorsWriter:
         return self
 
     def __exit__(self, error_type: object, *_: object) -> None:
-        for descriptor in self._files.values():
+        with self._open_files:
             if error_type is None:
-                os.fsync(descriptor)
-            os.close(descriptor)
+                for descriptor in self._files.values():
+                    os.fsync(descriptor)
 
     def write(self, name: str, numbers: np.ndarray, *, first: int) -> None:
         """A part of a tensor, as many elements as there are from element `first` on, in C order."""
@@ -65,10 +75,7 @@ class SafetensorsWriter:
         if numbers.dtype != place.dtype:
             raise ValueError(f"{name}: expected {place.dtype}, found {numbers.dtype}")
         data = np.ascontiguousarray(numbers).reshape(-1).view(np.uint8).data
-        offset = place.offset + first * place.dtype.itemsize
-        while data:
-            count = os.pwrite(self._files[place.file], data[: 2**30], offset)
-            data, offset = data[count:], offset + count
+        _write(self._files[place.file], data, place.offset + first * place.dtype.itemsize)
 
     def _lay_out(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -80,13 +87,20 @@ class SafetensorsWriter:
         text += b" " * (-len(text) % _ALIGNMENT)
         begin = 8 + len(text)
         self._files[path] = descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
+        self._open_files.callback(os.close, descriptor)
+        _write(descriptor, memoryview(len(text).to_bytes(8, "little") + text), 0)
         # Room for all of it now: a full disk is an error before anything is read.
         if end and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, begin + end)
         for name, (_, dtype) in tensors.items():
             start = header[name]["data_offsets"][0]
             self._places[name] = _Place(file=path, offset=begin + start, dtype=dtype)
+
+
+def _write(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(descriptor, data[:_LARGEST_WRITE], offset)
+        data, offset = data[count:], offset + count
 
 
 def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

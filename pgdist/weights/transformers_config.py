@@ -55,7 +55,7 @@ _TEXT_FIXED = {
 _ROPE_FIXED = {"rope_theta": (10_000.0,), "rope_type": ("default",)}
 
 IMAGE_TOKEN = "<image>"
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.json", "chat_template.jinja",
 )  # fmt: skip
@@ -149,8 +149,8 @@ def write_processor_files(
     Raises WeightsError if `tokenizer` is none, or has more pieces than the model embeds.
     """
     special = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
-    if source is not None and any((source / name).is_file() for name in _TOKENIZER_FILES[:2]):
-        for name in _TOKENIZER_FILES:
+    if source is not None and any((source / name).is_file() for name in TOKENIZER_FILES[:2]):
+        for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
     elif tokenizer is not None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from pgdist.errors import WeightsError
 from pgdist.models import GemmaConfig, PaliGemmaConfig, SiglipConfig
-from pgdist.weights.array_info import ArrayInfo
+from pgdist.weights.array_info import ArrayInfo, common_dtype
 from pgdist.weights.mismatch import check_fits
 from pgdist.weights.pieces import ModelArray, Piece
 
@@ -270,14 +270,5 @@ def _model_array(name: str, members: list[tuple[ArrayInfo, Piece]], *, config: P
     block = tuple(pieces[0].view[axis] for axis in pieces[0].axes)
     if name == _MODEL_EMBEDDING:
         block = (min(block[0], config.text.vocab_size), *block[1:])
-    dtype = _common_dtype({info.dtype for info, _ in members})
+    dtype = common_dtype({info.dtype for info, _ in members})
     return ModelArray(info=ArrayInfo(name=name, shape=lead + block, dtype=dtype), pieces=pieces)
-
-
-def _common_dtype(dtypes: set[np.dtype]) -> np.dtype:
-    if len(dtypes) == 1:
-        return next(iter(dtypes))
-    try:
-        return np.result_type(*dtypes)
-    except TypeError:  # float16 and bfloat16, which numpy does not put together
-        return np.result_type(np.float32, *(dtype for dtype in dtypes if dtype.itemsize > 2))

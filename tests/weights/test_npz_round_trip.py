@@ -1,5 +1,4 @@
 import os
-import zipfile
 
 import jax
 import numpy as np

@@ -30,8 +30,13 @@ _TILE = 2**24  # random numbers, repeated: what they are matters to nobody
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where there is room for three times the file")
+    """Prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="where there is room for three times the file"
+    )
     parser.add_argument("--preset", default="paligemma-3b-224")
     parser.add_argument("--keep", action="store_true", help="leave the file for the next run")
     parser.add_argument("--only", nargs="*", default=["load", "two", "convert"], help="load, two, convert")
@@ -54,7 +59,7 @@ def main() -> None:
 
 
 def _compare_loading(path: Path, preset: str) -> None:
-    for attempt in (1, 2):  # in turns: the machine's mood changes
+    for _ in (1, 2):  # in turns: the machine's mood changes
         numpy_seconds = _run("numpy", path, preset)["seconds"]
         found = _run("load", path, preset)
         print(f"numpy     {numpy_seconds:6.1f} s")
@@ -83,8 +88,13 @@ def _convert(path: Path, folder: Path) -> None:
     try:
         for source, target in ((path, directory), (directory, back)):
             found = _run("convert", source, str(target))
-            print(f"convert   {found['seconds']:6.1f} s to {target.name}; memory {found['peak_total'] / 1e9:.2f} GB")
-        print("convert   there and back: " + ("the same bytes" if filecmp.cmp(path, back, False) else "DIFFERENT"))
+            print(
+                f"convert   {found['seconds']:6.1f} s to {target.name}; memory {found['peak_total'] / 1e9:.2f} GB"
+            )
+        print(
+            "convert   there and back: "
+            + ("the same bytes" if filecmp.cmp(path, back, False) else "DIFFERENT")
+        )
     finally:
         shutil.rmtree(directory, ignore_errors=True)
         back.unlink(missing_ok=True)
