@@ -39,12 +39,11 @@ EXTRAS = {
     "plan": ["jax[tpu]>=0.10"],  # for the libtpu that suits this JAX: its compiler needs no TPU
     "gcs": ["gcsfs>=2025.2"],
     "hub": ["huggingface_hub>=1.0", "kagglehub>=1.0"],
+    "notebook": ["ipykernel", "matplotlib"],  # examples/
     # setuptools: the scripts in tools/ install this project without fetching a build environment.
     "test": [
         "fastjsonschema",
-        "huggingface_hub",
         "hypothesis",
-        "kagglehub>=1.0",
         "psutil",
         "pytest",
         "pytest-timeout",
@@ -52,7 +51,17 @@ EXTRAS = {
         "ruff",
         "setuptools>=77",
     ],
-    "buckets": ["gcp-storage-emulator", "gcsfs>=2025.2"],
+    # For the tests of what is optional: buckets, the hubs, the notebook.
+    "test_optional": [
+        "gcp-storage-emulator",
+        "gcsfs>=2025.2",
+        "huggingface_hub>=1.0",
+        "ipykernel",
+        "kagglehub>=1.0",
+        "matplotlib",
+        "nbclient",
+        "nbformat",
+    ],
     "parity": ["torch==2.13.0", "transformers==5.23.0"],
 }
 

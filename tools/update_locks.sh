@@ -22,5 +22,5 @@ compile "What the scripts in tools/ install, for every Python from 3.11 on. Made
 transformers=$(grep -o 'transformers==[0-9.]*' setup.py)
 compile "On top of requirements.lock, for tests/parity; torch comes after it. Made by tools/update_locks.sh." \
   requirements-parity.lock --constraint requirements.lock - < <(printf '%s\n' "$transformers" "${torch_needs[@]}")
-compile "On top of requirements.lock, for tests/buckets. Made by tools/update_locks.sh." \
-  requirements-buckets.lock --constraint requirements.lock setup.py --extra buckets
+compile "On top of requirements.lock, for tests of buckets, hubs and the notebook. Made by tools/update_locks.sh." \
+  requirements-optional.lock --constraint requirements.lock setup.py --extra test_optional

@@ -56,7 +56,7 @@ def fetch_file(asked: Asked, name: BucketName) -> Path:
     _require_library(asked)
     with cache.lock(f"gs://{name.bucket}"):
         _fetch_named(asked, name)
-    return _local(name)
+    return cache.of_object(name.bucket, name.path)
 
 
 def fetch_examples(asked: Asked, name: BucketName) -> Path:
@@ -64,7 +64,7 @@ def fetch_examples(asked: Asked, name: BucketName) -> Path:
     _require_library(asked)
     with cache.lock(f"gs://{name.bucket}"):
         found = _fetch_named(asked, name)
-        path = _local(name)
+        path = cache.of_object(name.bucket, name.path)
         if found is None:
             if not cache.is_marked(path, _WITH_IMAGES):
                 raise asked.failure(
@@ -85,7 +85,7 @@ _WITH_IMAGES = "all of its images"
 
 def _fetch_named(asked: Asked, name: BucketName) -> _Found | None:
     """None where the network is down and the object is in the cache already."""
-    target = _local(name)
+    target = cache.of_object(name.bucket, name.path)
     try:
         found = _find(name)
         if not _is_here(target, found.info):
@@ -170,7 +170,7 @@ def _stays_inside(image: str) -> bool:
 
 
 def _fetch_images(asked: Asked, name: BucketName, bucket: Any, images: Collection[str]) -> None:
-    folder, local_folder = posixpath.dirname(name.path), _local(name).parent
+    folder, local_folder = posixpath.dirname(name.path), cache.of_object(name.bucket, name.path).parent
     paths = {posixpath.join(name.bucket, folder, image): local_folder / image for image in images}
     infos = _infos(bucket, paths)
     for path in paths.keys() - infos.keys():
@@ -282,10 +282,6 @@ def _has_crc32c() -> bool:
 
         return True
     return False
-
-
-def _local(name: BucketName) -> Path:
-    return cache.folder() / "gs" / name.bucket / name.path
 
 
 def _require_library(asked: Asked) -> None:

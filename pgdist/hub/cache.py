@@ -32,6 +32,11 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pgdist"
 
 
+def of_object(bucket: str, path: str) -> Path:
+    """Where a copy of a bucket's object is, if it has been fetched."""
+    return folder() / "gs" / bucket / path
+
+
 @contextlib.contextmanager
 def lock(what: str) -> Iterator[None]:
     """Holds off other processes that want the same; it goes with the process, however that ends.

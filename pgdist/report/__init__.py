@@ -1,9 +1,11 @@
 """The report of a run: one HTML file that opens anywhere, made from the files of the workdir alone.
 
 `write_report` may be called while a run goes on, after it, or after a crash: whatever is missing, its section
-says so.
+says so. `load_run` gives the same files to whoever wants to look at them otherwise.
 """
 
+from pgdist.report.data import load_run
+from pgdist.report.picture_table import picture_table
 from pgdist.report.render import write_report
 
-__all__ = ["write_report"]
+__all__ = ["load_run", "picture_table", "write_report"]

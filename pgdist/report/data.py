@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,8 +113,9 @@ class Run:
         return default if value is None else value
 
 
-def load_run(workdir: Path) -> Run:
+def load_run(workdir: str | os.PathLike[str]) -> Run:
     """Read the workdir; never raises because of what is, or is not, in it."""
+    workdir = Path(workdir)
     notes: dict[str, str] = {}
     return Run(
         workdir=workdir,

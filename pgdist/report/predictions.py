@@ -6,24 +6,21 @@ those that most evaluations have in common, because the table is there to show h
 
 from __future__ import annotations
 
-import base64
 import difflib
-import io
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
-from pgdist.data.images import BadImage, load_image
+from pgdist.data.images import BadImage
+from pgdist.hub import cache
 from pgdist.report.data import Evaluation, Prediction, Run, raster_data_uri
+from pgdist.report.thumbnails import thumbnail
 
 MOST_COLUMNS = 6
 MOST_ROWS = 16
 MOST_CHARACTERS = 200  # of an image's name or of what is wrong with it
-THUMBNAIL_PIXELS = 224  # of a side, at most
 _WORD = re.compile(r"<(?:loc|seg)\d+>|\s+|[^\s<]+|<")
 _MOST_WORDS = 300  # difflib's time grows with the square
 
@@ -147,30 +144,17 @@ def _thumbnail(name: str, *, run: Run) -> tuple[str | None, str]:
         return name, ""
     if not name:
         return None, "no image is named"
-    beside_data = Path(str(run.setting("data.validation", ""))).parent
-    candidates = [root / name for root in (beside_data, run.workdir)]
+    candidates = [root / name for root in (_data_folder(run), run.workdir)]
     try:
-        path = next((path for path in candidates if path.is_file()), candidates[0])
-        pixels = load_image(path, size=_thumbnail_size(path))
+        return thumbnail(next((path for path in candidates if path.is_file()), candidates[0])), ""
     except (BadImage, OSError, ValueError) as error:  # ValueError: a name that no file system takes
         return None, str(error)[:MOST_CHARACTERS]
-    encoded = io.BytesIO()
-    Image.fromarray(pixels).save(encoded, "PNG", optimize=True)
-    if encoded.tell() > 40_000:  # a photograph: JPEG is a tenth of it
-        encoded = io.BytesIO()
-        Image.fromarray(pixels).save(encoded, "JPEG", quality=85)
-        return _data_uri("jpeg", encoded), ""
-    return _data_uri("png", encoded), ""
 
 
-def _thumbnail_size(path: Path) -> int:
-    """Never larger than the file's own longer side: enlarging is left to the browser."""
-    try:
-        with Image.open(path) as image:
-            return min(THUMBNAIL_PIXELS, max(image.size))
-    except Exception:  # whatever is wrong with it, load_image says it better
-        return THUMBNAIL_PIXELS
-
-
-def _data_uri(kind: str, encoded: io.BytesIO) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(encoded.getvalue()).decode()}"
+def _data_folder(run: Run) -> Path:
+    """Where the validation images lie on this host; those of a bucket are where `pgdist.hub` keeps what it fetched."""
+    name = str(run.setting("data.validation", ""))
+    if name.startswith("gs://"):
+        bucket, _, path = name.removeprefix("gs://").partition("/")
+        return cache.of_object(bucket, path).parent
+    return Path(name).parent

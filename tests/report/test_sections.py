@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import shutil
 
 import pytest
 from hypothesis import given
@@ -96,6 +97,16 @@ def test_a_thumbnail_is_the_image_beside_the_data_and_no_larger_than_the_file(wo
     assert kinds == ["data:image/png", "data:image/jpeg", "the file is empty", "no such file"]
     sizes = [Image.open(io.BytesIO(base64.b64decode(row.image.split(",")[1]))).size for row in rows[:2]]
     assert sizes == [(56, 56), (224, 224)]
+
+
+def test_a_thumbnail_of_data_in_a_bucket_is_of_the_copy_that_was_fetched(workdir, tmp_path, monkeypatch):
+    monkeypatch.setenv("PGDIST_CACHE", str(tmp_path / "cache"))
+    config = json.loads((workdir / "config.json").read_text())
+    config["data"]["validation"] = "gs://cows/v1/validation.jsonl"
+    (workdir / "config.json").write_text(json.dumps(config))
+    assert {row.image for row in build_grid(load_run(workdir), metric=None).rows} == {None}
+    shutil.copytree(workdir.parent / "data", tmp_path / "cache/gs/cows/v1")
+    assert all(row.image for row in build_grid(load_run(workdir), metric=None).rows)
 
 
 def test_tokens_say_their_part_and_padding_is_told_once():
