@@ -227,12 +227,22 @@ def _config_of(source: Source) -> PaliGemmaConfig:
 def _check_target(path: Path, *, force: bool) -> None:
     if path.name.endswith(".safetensors"):
         raise WeightsError(f"{path}: name a folder for transformers, or a file that ends in .npz.")
-    if path.exists() and not force:
+    # os.path: what cannot be looked at is not there; that it cannot be made either is said where it is tried.
+    exists, is_folder = os.path.exists(path), os.path.isdir(path)
+    if exists and not force:
         raise WeightsError(f"{path}: exists. Name another place, or give --force to replace it.")
-    if path.suffix != ".npz" and path.exists() and not path.is_dir():
+    if path.suffix != ".npz" and exists and not is_folder:
         raise WeightsError(f"{path}: is a file; name a folder for transformers, or a file that ends in .npz.")
-    if path.is_dir() and path.suffix != ".npz" and not (path / CONFIG).exists() and any(path.iterdir()):
+    if is_folder and path.suffix != ".npz" and any(path.iterdir()) and not _is_transformers_folder(path):
         raise WeightsError(f"{path}: is a folder of something else, which is not replaced. Name another one.")
+
+
+def _is_transformers_folder(path: Path) -> bool:
+    """By its config.json: a run has one too."""
+    try:
+        return "model_type" in json.loads((path / CONFIG).read_text())
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 @contextlib.contextmanager

@@ -71,6 +71,7 @@ REFUSED = {
         True,
         r"else: is a folder of something else, which is not replaced",
     ),
+    "a run": ("run", True, r"run: is a folder of something else, which is not replaced"),
     "a file in place of the folder": ("file", True, r"file: is a file; name a folder"),
     "a folder in place of the npz": ("folder.npz", True, r"folder\.npz: .*it is a folder"),
     "the name of one file": ("x/model.safetensors", True, r"model\.safetensors: name a folder"),
@@ -90,6 +91,8 @@ REFUSED = {
 def test_a_target_that_cannot_be_is_named(sources, there, source, target, force, message):
     (there / "else").mkdir()
     (there / "else" / "thesis.tex").write_text("all of it")
+    (there / "run" / "checkpoints").mkdir(parents=True)
+    (there / "run" / "config.json").write_text('{"steps": 100, "model": {"preset": "tiny"}}')
     (there / "folder.npz").mkdir()
     (there / "file").write_text("x")
     path = target if "://" in target else there / target

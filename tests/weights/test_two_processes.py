@@ -144,7 +144,7 @@ def run_two(folder: Path, what: str, *, folders: tuple[str, str] = ("", "")) -> 
             process.kill()
     for process, (out, err) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, err
-        assert out.splitlines()[-1] == "done"
+        assert "done" in out  # among what Gloo prints
     return [out for out, _ in outputs]
 
 
