@@ -39,7 +39,12 @@ def test_exit_codes_pass_through():
         (["--help"], 0, "stdout", "train"),
         (["--version"], 0, "stdout", "pgdist 0."),
         ([], 2, "stderr", "Commands:"),
-        (["trian"], 2, "stderr", "pgdist: error: no command 'trian'; there are: train, submit, predict, convert, env"),
+        (
+            ["trian"],
+            2,
+            "stderr",
+            "pgdist: error: no command 'trian'; there are: train, submit, predict, convert, env",
+        ),
     ],
 )
 def test_without_a_command_it_says_which_there_are(arguments, code, stream, text):
