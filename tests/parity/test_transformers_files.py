@@ -298,6 +298,7 @@ def test_the_tokenizer_gives_the_ids_of_the_sentencepiece_model(tiny_folder):
 def test_a_tokenizer_like_gemmas_gives_the_ids_of_the_sentencepiece_model(tmp_path):
     """One with bytes for what has no piece, single digits, and pieces for runs of spaces and of newlines."""
     lines = [line for path in sorted(ROOT.glob("docs/**/*.md")) for line in path.read_text().split("\n")]
+    lines = [line for line in lines if "<image>" not in line]  # to transformers a token of its own
     symbols = ["\n" * n for n in range(1, 32)] + ["▁" * n for n in range(2, 32)]
     symbols += ["<mask>", "<table>", "</h1>", "<unused3>", *(f"<loc{i:04d}>" for i in range(1024))]
     symbols += [f"<seg{i:03d}>" for i in range(128)]
