@@ -32,7 +32,7 @@ _SPLIT_DIMENSION = tuple(
         (r"img/.*/Dense_0/kernel", 1),
         (r"img/.*/Dense_1/kernel", 2),
         (r"img/head/kernel", 1),
-        (r"llm/embedder/input_embedding", 1),
+        (r"llm/embedder/input_embedding", 0),
         (r"llm/layers/attn/q_einsum/w", 2),
         (r"llm/layers/attn/kv_einsum/w", 3),
         (r"llm/layers/attn/attn_vec_einsum/w", 3),

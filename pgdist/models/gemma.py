@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pgdist.models.remat import rematerialize
+from pgdist.models.remat import LayerParams, rematerialize
 
 MASKED_LOGIT = (
     -2.3819763e38
@@ -224,12 +224,13 @@ class Gemma(nn.Module):
     """Embedding, scanned blocks, final norm, tied vocabulary logits."""
 
     config: GemmaConfig
+    layer_params: LayerParams | None = None
 
     def setup(self) -> None:
         c = self.config
         self.embedder = Embedder(c)
         self.layers = nn.scan(
-            rematerialize(Block, c.remat),
+            rematerialize(Block, c.remat, self.layer_params),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),

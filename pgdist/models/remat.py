@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 
@@ -14,10 +17,29 @@ _POLICIES = {
 REMAT_POLICIES = tuple(_POLICIES)
 
 
-def rematerialize(block: type[nn.Module], policy: str) -> type[nn.Module]:
-    """The block class wrapped for recomputation by a policy of REMAT_POLICIES; KeyError for another name."""
+# What is to be done with the parameters of one layer before it uses them, a nested tree without the layers' axis:
+# bringing them together from where they are split, for a model that knows no mesh.
+LayerParams = Callable[[Any], Any]
+
+
+def rematerialize(
+    block: type[nn.Module], policy: str, layer_params: LayerParams | None = None
+) -> type[nn.Module]:
+    """The block class wrapped for recomputation by a policy of REMAT_POLICIES; KeyError for another name.
+
+    layer_params: applied to the block's parameters, inside what is recomputed.
+    """
+    if layer_params is not None:
+        block = nn.map_variables(block, "params", trans_in_fn=_on_params(layer_params))
     saveable = _POLICIES[policy]
     if saveable is None:
         return block
     # Inside a scan the loop itself keeps XLA from merging the recomputation away.
     return nn.remat(block, policy=saveable, prevent_cse=False)
+
+
+def _on_params(layer_params: LayerParams) -> Callable[[Any], Any]:
+    def apply(variables: Any) -> Any:
+        return {"params": layer_params(variables["params"])} if "params" in variables else variables
+
+    return apply
