@@ -24,7 +24,10 @@ from pgdist.train.objective import BatchLoss, batch_loss
 PyTree = Any
 DATA, FSDP = AXES
 _EMBEDDING = "llm/embedder/input_embedding"
-_LAYERS = {"img": "img/Transformer/encoderblock/", "llm": "llm/layers/"}  # by tower, where its scanned layers are
+_LAYERS = {
+    "img": "img/Transformer/encoderblock/",
+    "llm": "llm/layers/",
+}  # by tower, where its scanned layers are
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -134,7 +137,9 @@ class ShardedModel:
     def _layer_params(self, tower: str) -> Callable[[PyTree], PyTree]:
         def bring_together(name: str, shard: jax.Array) -> jax.Array:
             axis = self._split[_LAYERS[tower] + name]
-            return shard if axis is None else gather(shard, axis - 1, self._dtypes[tower])  # without the layers' axis
+            return (
+                shard if axis is None else gather(shard, axis - 1, self._dtypes[tower])
+            )  # without the layers' axis
 
         return lambda params: map_named(bring_together, params)
 

@@ -131,7 +131,9 @@ def _score(how, hidden, table, targets, weights, *, with_gradients):
     start = None
     if trains_table:
         start = jnp.zeros(table.shape, jnp.float32) + 0.0 * _varying_like(hidden)
-    d_table, (loss, correct, d_hidden) = jax.lax.scan(score_block, start, tuple(map(split, (hidden, targets, weights))))
+    d_table, (loss, correct, d_hidden) = jax.lax.scan(
+        score_block, start, tuple(map(split, (hidden, targets, weights)))
+    )
 
     def join(x: jax.Array) -> jax.Array:
         return x.swapaxes(0, 1).reshape(rows, -1, *x.shape[3:])[:, :length]
