@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 # "dots" keeps what weights produced (the expensive matmuls) and recomputes attention, norms and activations.
 _POLICIES = {
@@ -15,6 +16,7 @@ _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 REMAT_POLICIES = tuple(_POLICIES)
+_LAYER_PARAMS = "layer_params"  # a name for policies
 
 
 # What is to be done with the parameters of one layer before it uses them, a nested tree without the layers' axis:
@@ -27,11 +29,13 @@ def rematerialize(
 ) -> type[nn.Module]:
     """The block class wrapped for recomputation by a policy of REMAT_POLICIES; KeyError for another name.
 
-    layer_params: applied to the block's parameters, inside what is recomputed.
+    layer_params: applied to the block's parameters; the backward pass applies it again, whatever the policy, for
+    keeping what it gives would keep the parameters of all layers.
     """
+    saveable = _POLICIES[policy]
     if layer_params is not None:
         block = nn.map_variables(block, "params", trans_in_fn=_on_params(layer_params))
-    saveable = _POLICIES[policy]
+        saveable = saveable or jax.checkpoint_policies.save_anything_except_these_names(_LAYER_PARAMS)
     if saveable is None:
         return block
     # Inside a scan the loop itself keeps XLA from merging the recomputation away.
@@ -40,6 +44,9 @@ def rematerialize(
 
 def _on_params(layer_params: LayerParams) -> Callable[[Any], Any]:
     def apply(variables: Any) -> Any:
-        return {"params": layer_params(variables["params"])} if "params" in variables else variables
+        if "params" not in variables:
+            return variables
+        given = jax.tree.map(lambda x: checkpoint_name(x, _LAYER_PARAMS), layer_params(variables["params"]))
+        return {"params": given}
 
     return apply

@@ -137,9 +137,9 @@ class ShardedModel:
     def _layer_params(self, tower: str) -> Callable[[PyTree], PyTree]:
         def bring_together(name: str, shard: jax.Array) -> jax.Array:
             axis = self._split[_LAYERS[tower] + name]
-            return (
-                shard if axis is None else gather(shard, axis - 1, self._dtypes[tower])
-            )  # without the layers' axis
+            if axis is None:
+                return shard
+            return gather(shard, axis - 1, self._dtypes[tower])  # one less: a layer has no layers' axis
 
         return lambda params: map_named(bring_together, params)
 
