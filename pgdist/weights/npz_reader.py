@@ -57,6 +57,8 @@ class NpzReader:
     def __init__(self, path: str | os.PathLike[str]):
         self.arrays: dict[str, FileArray] = {}
         self.fortran_order: set[str] = set()
+        # Python 3.12's zipfile opens a member from wherever another thread has just read the file to.
+        self._zip_lock = threading.Lock()
         with contextlib.ExitStack() as on_error:
             self._source = on_error.enter_context(contextlib.closing(open_bytes(path)))
             self.path = self._source.name
@@ -86,7 +88,7 @@ class NpzReader:
         name = entry.filename.removesuffix(_SUFFIX)
         with self._blaming(name):
             if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-                with self._zip.open(entry) as stream:
+                with self._zip_lock, self._zip.open(entry) as stream:
                     return 0, stream.read(_HEAD_BYTES)
             size = min(_HEAD_BYTES, self._source.size - entry.header_offset)
             head = self._source.read(entry.header_offset, size).tobytes()
@@ -148,7 +150,7 @@ class NpzReader:
         inflated = TemporaryBytes(self.path)
         with contextlib.ExitStack() as on_error:
             on_error.enter_context(contextlib.closing(inflated))
-            with self._blaming(name), self._zip.open(entry) as stream:
+            with self._blaming(name), self._zip_lock, self._zip.open(entry) as stream:
                 stream.read(skip)
                 while data := stream.read(_INFLATE_BYTES):  # its end is where zipfile compares the checksum
                     _append(inflated, data, path=self.path)

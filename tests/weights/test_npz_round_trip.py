@@ -203,3 +203,10 @@ def test_a_number_too_large_for_the_dtype_is_refused_both_ways(tmp_path):
     weights.save(path, {"x": array})
     with pytest.raises(WeightsError, match="'x' holds numbers that are too large for float16"):
         weights.load(path, expected={"x": jax.ShapeDtypeStruct((2,), np.float16)})
+
+
+def test_compressed_arrays_are_read_right_by_many_threads(tmp_path):
+    arrays = {f"layer_{i}": random_array((50, 60), np.float32, seed=i) for i in range(34)}
+    np.savez_compressed(tmp_path / "a.npz", **arrays)
+    for _ in range(5):
+        assert_same_bits(weights.load(tmp_path / "a.npz", expected=expected_of(arrays)), arrays)
