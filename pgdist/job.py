@@ -94,6 +94,7 @@ class Job:
             make_schedule(config),
             mesh=self.mesh,
             shardings=self.state_shardings,
+            parameters=self.shardings,
             max_scored_positions=config.data.max_scored_positions,
             label_smoothing=config.loss.label_smoothing,
         )
@@ -271,7 +272,10 @@ class Job:
             max_new_tokens=self.config.eval.max_new_tokens,
             metric=metric,
             validation_step=make_validation_step(
-                self.model, mesh=self.mesh, max_scored_positions=self.config.data.max_scored_positions
+                self.model,
+                mesh=self.mesh,
+                parameters=self.shardings,
+                max_scored_positions=self.config.data.max_scored_positions,
             ),
         )
 

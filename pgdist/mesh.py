@@ -18,10 +18,10 @@ from pgdist.errors import ConfigError
 
 AXES = ("data", "fsdp")
 
-# The dimension that `fsdp` splits. It is the model width wherever the array has one: widths (1152 = 2^7 * 9,
-# 2048, 2304 = 2^8 * 9, 3584 = 2^9 * 7, 4608 = 2^9 * 9) divide by 128, while 4304 = 16 * 269, the vocabulary
-# (128 * 2009) and head counts do not or stop there. Norms, biases and other vectors a layer are too small to
-# be worth a gather.
+# The dimension that `fsdp` splits. It is the model width wherever a layer's array has one: widths (1152 = 2^7 * 9,
+# 2048, 2304 = 2^8 * 9, 3584 = 2^9 * 7, 4608 = 2^9 * 9) divide by 128, while 4304 = 16 * 269 and head counts do not.
+# The embedding is split along the vocabulary (257,152 = 128 * 2009): its rows stay where they are (see
+# `pgdist.train.vocabulary`). Norms, biases and other vectors a layer are too small to be worth a gather.
 _SPLIT_DIMENSION = tuple(
     (re.compile(pattern), dimension)
     for pattern, dimension in (
@@ -32,7 +32,7 @@ _SPLIT_DIMENSION = tuple(
         (r"img/.*/Dense_0/kernel", 1),
         (r"img/.*/Dense_1/kernel", 2),
         (r"img/head/kernel", 1),
-        (r"llm/embedder/input_embedding", 1),
+        (r"llm/embedder/input_embedding", 0),
         (r"llm/layers/attn/q_einsum/w", 2),
         (r"llm/layers/attn/kv_einsum/w", 3),
         (r"llm/layers/attn/attn_vec_einsum/w", 3),

@@ -139,7 +139,7 @@ def test_examples_and_parameters_are_described(run):
         assert row["dtype"] == ("float32" if row["trainable"] else "bfloat16")
         assert row["bytes"] == np.prod(row["shape"]) * (4 if row["trainable"] else 2)
     (embedding,) = [row for row in table if row["name"].endswith("input_embedding")]
-    assert embedding["sharding"] == "fsdp on axis 1"
+    assert embedding["sharding"] == "fsdp on axis 0"
 
 
 def test_a_bad_record_is_listed_and_masked_and_the_run_goes_on(run):

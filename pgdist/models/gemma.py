@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pgdist.models.remat import rematerialize
+from pgdist.models.remat import LayerParams, rematerialize
 
 MASKED_LOGIT = (
     -2.3819763e38
@@ -145,6 +145,19 @@ class Attention(nn.Module):
         return out, new_cache
 
 
+@jax.custom_vjp
+def _with_gradients_formed(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both as they are. Their gradients are formed once, before the matrix products that need them: TPU's compiler
+    would form them again for each block of each product.
+    """
+    return gate, up
+
+
+_with_gradients_formed.defvjp(
+    lambda gate, up: ((gate, up), None), lambda _, gradients: jax.lax.optimization_barrier(gradients)
+)
+
+
 class GatedMlp(nn.Module):
     """GeGLU: (gelu(x @ gate) * (x @ up)) @ linear, with tanh-GELU."""
 
@@ -162,7 +175,8 @@ class GatedMlp(nn.Module):
         shape = x.shape
         # One [B*T, D] matrix: XLA's CPU backend multiplies it faster than a batch of small ones.
         x = x.reshape(-1, c.width)
-        return ((nn.gelu(x @ gating[0], approximate=True) * (x @ gating[1])) @ linear).reshape(shape)
+        gate, up = _with_gradients_formed(x @ gating[0], x @ gating[1])
+        return ((nn.gelu(gate, approximate=True) * up) @ linear).reshape(shape)
 
 
 class Block(nn.Module):
@@ -224,12 +238,13 @@ class Gemma(nn.Module):
     """Embedding, scanned blocks, final norm, tied vocabulary logits."""
 
     config: GemmaConfig
+    layer_params: LayerParams | None = None
 
     def setup(self) -> None:
         c = self.config
         self.embedder = Embedder(c)
         self.layers = nn.scan(
-            rematerialize(Block, c.remat),
+            rematerialize(Block, c.remat, self.layer_params),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pgdist.models.gemma import Gemma, GemmaConfig, KVCache
+from pgdist.models.remat import LayerParams
 from pgdist.models.siglip import Siglip, SiglipConfig
 
 _NORM = re.compile(r".*/(LayerNorm_\d|\w*norm)/(scale|bias)")
@@ -58,10 +59,12 @@ class PaliGemma(nn.Module):
     """The joined model. `__call__` scores text; `prefill` and `extend` decode it."""
 
     config: PaliGemmaConfig
+    image_layer_params: LayerParams | None = None
+    text_layer_params: LayerParams | None = None
 
     def setup(self) -> None:
-        self.img = Siglip(self.config.image)
-        self.llm = Gemma(self.config.text)
+        self.img = Siglip(self.config.image, self.image_layer_params)
+        self.llm = Gemma(self.config.text, self.text_layer_params)
 
     def __call__(
         self, image: jax.Array, text: jax.Array, mask_ar: jax.Array, input_mask: jax.Array | None = None
@@ -76,11 +79,17 @@ class PaliGemma(nn.Module):
         self, image: jax.Array, text: jax.Array, mask_ar: jax.Array, input_mask: jax.Array | None = None
     ) -> jax.Array:
         """As `__call__`, but the final norm's outputs dtype[B, T, D] at the text positions."""
-        image_tokens = self.img(image)
-        n = image_tokens.shape[1]
         if input_mask is None:
             input_mask = jnp.ones(text.shape, bool)
-        x = jnp.concatenate([image_tokens.astype(self.config.text.dtype), self.llm.embed(text)], axis=1)
+        return self.hidden_of_embedded(image, self.llm.embed(text), mask_ar, input_mask)
+
+    def hidden_of_embedded(
+        self, image: jax.Array, embedded: jax.Array, mask_ar: jax.Array, input_mask: jax.Array
+    ) -> jax.Array:
+        """As `hidden`, of text that is embedded already, dtype[B, T, D]; the embedding itself is not used."""
+        image_tokens = self.img(image)
+        n = image_tokens.shape[1]
+        x = jnp.concatenate([image_tokens.astype(self.config.text.dtype), embedded], axis=1)
         input_mask = jnp.pad(input_mask.astype(bool), ((0, 0), (n, 0)), constant_values=True)
         mask_ar = jnp.pad(mask_ar, ((0, 0), (n, 0)))
         hidden, _ = self.llm(

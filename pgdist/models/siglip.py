@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pgdist.models.remat import rematerialize
+from pgdist.models.remat import LayerParams, rematerialize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,13 +113,14 @@ class Encoder(nn.Module):
     """`depth` blocks, scanned, and a final norm."""
 
     config: SiglipConfig
+    layer_params: LayerParams | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, N, W] -> [B, N, W]."""
         c = self.config
         blocks = nn.scan(
-            rematerialize(EncoderBlock, c.remat),
+            rematerialize(EncoderBlock, c.remat, self.layer_params),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=c.depth,
@@ -132,6 +133,7 @@ class Siglip(nn.Module):
     """Image -> image tokens in the decoder's width."""
 
     config: SiglipConfig
+    layer_params: LayerParams | None = None
 
     @nn.compact
     def __call__(self, image: jax.Array) -> jax.Array:
@@ -141,6 +143,6 @@ class Siglip(nn.Module):
         position = self.param(
             "pos_embedding", nn.initializers.normal(c.width**-0.5), (1, c.num_tokens, c.width)
         )
-        x = Encoder(c, name="Transformer")(x + position.astype(c.dtype))
+        x = Encoder(c, self.layer_params, name="Transformer")(x + position.astype(c.dtype))
         # Zero at the start, as published: an untrained connector adds nothing to the decoder.
         return nn.Dense(c.output_dim, dtype=c.dtype, kernel_init=nn.initializers.zeros, name="head")(x)

@@ -1,4 +1,9 @@
-"""One training step and one validation step, jitted over the mesh."""
+"""One training step and one validation step, jitted over the mesh.
+
+What differs between devices is said explicitly, in `jax.shard_map`: each computes the loss of its rows of the batch;
+parameters come together layer by layer, and gradients go back to where their parameters live (`gathering`). The
+optimizer's update is the same on every shard.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from pgdist.mesh import batch_sharding, replicated
 from pgdist.models.paligemma import PaliGemma
 from pgdist.parameters import merge
-from pgdist.train.objective import BatchLoss, batch_loss
+from pgdist.train.gathering import ShardedModel
+from pgdist.train.objective import BatchLoss
 from pgdist.train.state import TrainState
 
 PyTree = Any
@@ -28,30 +34,29 @@ def make_train_step(
     *,
     mesh: Mesh,
     shardings: TrainState,
+    parameters: Mapping[str, NamedSharding],
     max_scored_positions: int = 0,
     label_smoothing: float = 0.0,
 ) -> TrainStep:
     """step(state, frozen, batch) -> (state, metrics); the state is donated, frozen parameters are only read.
+
+    parameters: where each parameter lives, trainable and frozen, by name.
 
     Metrics are float32[]: loss (mean over examples, nats), grad_norm (before clipping), relative_rate (of
     the schedule), examples and tokens (unmasked rows and their scored tokens), truncated (rows whose text
     did not fit), finite (1 if loss, gradients and updated parameters were), stop (1 if any row's batch["stop"]
     is: some process wishes to stop). A step that is not finite changes nothing but the step counter.
     """
+    sharded = ShardedModel(model, mesh=mesh, parameters=parameters)
 
     def step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        def mean_loss(trainable: PyTree) -> tuple[jax.Array, BatchLoss]:
-            sums = batch_loss(
-                model,
-                merge(trainable, frozen),
-                batch,
-                num_devices=mesh.size,
-                max_scored_positions=max_scored_positions,
-                label_smoothing=label_smoothing,
-            )
-            return sums.loss / jnp.maximum(1.0, sums.examples), sums
-
-        (loss, sums), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.trainable)
+        loss, sums, gradients = sharded.loss_and_gradients(
+            state.trainable,
+            frozen,
+            batch,
+            max_scored_positions=max_scored_positions,
+            label_smoothing=label_smoothing,
+        )
         grad_norm = optax.tree.norm(gradients)
         rate = schedule(state.step)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
@@ -89,17 +94,12 @@ def make_train_step(
 
 
 def make_validation_step(
-    model: PaliGemma, *, mesh: Mesh, max_scored_positions: int = 0
+    model: PaliGemma, *, mesh: Mesh, parameters: Mapping[str, NamedSharding], max_scored_positions: int = 0
 ) -> Callable[[PyTree, PyTree, Batch], BatchLoss]:
     """validate(trainable, frozen, batch) -> sums over the batch, without label smoothing."""
+    sharded = ShardedModel(model, mesh=mesh, parameters=parameters)
 
     def validate(trainable: PyTree, frozen: PyTree, batch: Batch) -> BatchLoss:
-        return batch_loss(
-            model,
-            merge(trainable, frozen),
-            batch,
-            num_devices=mesh.size,
-            max_scored_positions=max_scored_positions,
-        )
+        return sharded.loss(merge(trainable, frozen), batch, max_scored_positions=max_scored_positions)
 
     return jax.jit(validate, in_shardings=(None, None, batch_sharding(mesh)), out_shardings=replicated(mesh))

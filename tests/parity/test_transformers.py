@@ -68,7 +68,7 @@ def jitted_loss_and_gradients(name: str):
     model = PaliGemma(CONFIGS[name])
 
     def mean_loss(params, batch):
-        sums = batch_loss(model, params, batch, num_devices=1)
+        sums = batch_loss(model, params, batch)
         return sums.loss / sums.examples
 
     return jax.jit(jax.value_and_grad(mean_loss))

@@ -51,7 +51,12 @@ def small_training(mesh: Mesh, *, optimizer: str = "sgd", learning_rate: float =
     placement = {name: parameter_sharding(mesh, name, leaf.shape) for name, leaf in shapes.items()}
     shardings = state_shardings(transformation, unflatten(placement), unflatten(shapes), mesh)
     step = make_train_step(
-        PaliGemma(CONFIG), transformation, make_schedule(config), mesh=mesh, shardings=shardings
+        PaliGemma(CONFIG),
+        transformation,
+        make_schedule(config),
+        mesh=mesh,
+        shardings=shardings,
+        parameters=placement,
     )
     return Training(step=step, shardings=shardings, optimizer=transformation, mesh=mesh)
 

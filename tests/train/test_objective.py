@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,8 +12,9 @@ import pytest
 from pgdist.models import PaliGemma
 from pgdist.models.paligemma import normalize_image
 from pgdist.train import objective
-from pgdist.train.objective import BatchLoss, batch_loss, token_losses
+from pgdist.train.objective import BatchLoss, batch_loss
 from tests.models.small import SMALL, random_batch, random_parameters
+from tests.train.test_vocabulary import losses_in_float64
 
 CONFIG = SMALL["paligemma"]
 MODEL = PaliGemma(CONFIG)
@@ -28,93 +27,20 @@ def batch(seed: int = 0) -> dict[str, np.ndarray]:
     return random_batch(CONFIG, prefixes=PREFIXES, suffixes=SUFFIXES, length=LENGTH, seed=seed)
 
 
-def losses_in_float64(
-    logits: np.ndarray, targets: np.ndarray, *, softcap: float = 0.0, smoothing: float = 0.0
-) -> np.ndarray:
-    """Cross-entropy of float64[B, S, V] with 1 - e at the target and e / (V - 1) elsewhere, float64[B, S]."""
-    if softcap:
-        logits = softcap * np.tanh(logits / softcap)
-    log_probabilities = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-    wanted = np.full(logits.shape, smoothing / (logits.shape[-1] - 1))
-    np.put_along_axis(wanted, targets[..., None], 1 - smoothing, axis=-1)
-    return -np.sum(wanted * log_probabilities, axis=-1)
-
-
-@pytest.mark.parametrize("block", [1, 3, 4, 10, 64])
-@pytest.mark.parametrize(("softcap", "smoothing"), [(0.0, 0.0), (3.0, 0.0), (0.0, 0.2), (30.0, 0.4)])
-def test_token_losses_follow_the_closed_form_in_any_blocks(block, softcap, smoothing):
-    rng = np.random.default_rng(0)
-    hidden, embedding = rng.standard_normal((3, 10, 16)), rng.standard_normal((37, 16))
-    targets = rng.integers(0, 37, (3, 10))
-    logits = hidden @ embedding.T
-
-    losses, correct = token_losses(
-        jnp.asarray(hidden, jnp.float32),
-        jnp.asarray(embedding, jnp.float32),
-        jnp.asarray(targets),
-        block=block,
-        final_logits_softcap=softcap,
-        label_smoothing=smoothing,
-    )
-
-    assert losses.shape == correct.shape == (3, 10)
-    expected = losses_in_float64(logits, targets, softcap=softcap, smoothing=smoothing)
-    # Logits up to 20: float32 has 2e-6 there.
-    np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(correct, np.argmax(logits, axis=-1) == targets)
-
-
-def test_smoothing_stays_exact_over_the_published_vocabulary():
-    rng = np.random.default_rng(0)
-    vocabulary = 257_152
-    hidden = rng.standard_normal((1, 2, 8)).astype(np.float32)
-    embedding = rng.standard_normal((vocabulary, 8)).astype(np.float32)
-    targets = np.array([[7, vocabulary - 1]])
-
-    losses, _ = token_losses(hidden, embedding, jnp.asarray(targets), block=1, label_smoothing=0.2)
-
-    logits = hidden.astype(np.float64) @ embedding.astype(np.float64).T
-    np.testing.assert_allclose(losses, losses_in_float64(logits, targets, smoothing=0.2), rtol=1e-6)
-
-
-def test_vocabulary_logits_exist_for_one_block_at_a_time():
-    rows, length, vocabulary, block = 2, 12, 1000, 3
-
-    def loss(hidden, embedding):
-        return token_losses(hidden, embedding, jnp.zeros((rows, length), int), block=block)[0].sum()
-
-    program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(
-        jnp.zeros((rows, length, 8)), jnp.zeros((vocabulary, 8))
-    )
-
-    wide = [shape for shape in shapes_in(program.jaxpr) if vocabulary in shape and 8 not in shape]
-    assert max(math.prod(shape) for shape in wide) == rows * block * vocabulary
-
-
-def shapes_in(jaxpr) -> list[tuple[int, ...]]:
-    """Of everything that a program computes, the programs inside it included."""
-    shapes = []
-    for equation in jaxpr.eqns:
-        shapes += [variable.aval.shape for variable in equation.outvars]
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            shapes += shapes_in(inner)
-    return shapes
-
-
-@pytest.mark.parametrize(("devices", "rows"), [(1, 8), (8, 24), (8, 64)])
-def test_the_block_keeps_logits_within_what_a_device_may_hold(devices, rows):
+@pytest.mark.parametrize("rows", [3, 8, 24])
+def test_the_block_keeps_logits_within_what_a_device_may_hold(rows):
     vocabulary, limit = 257_152, objective._LOGITS_PER_DEVICE
 
-    block = objective._block_size((rows, 127), vocabulary, devices)
+    block = objective._block_size((rows, 127), vocabulary)
 
-    assert block * (rows // devices) * vocabulary <= limit < (block + 1) * (rows // devices) * vocabulary
-    assert objective._block_size((1, 5), 320, 1) == 5  # a small model has all at once
-    assert objective._block_size((10**6, 127), vocabulary, 1) == 1
+    assert block * rows * vocabulary <= limit < (block + 1) * rows * vocabulary
+    assert objective._block_size((1, 5), 320) == 5  # a small model has all at once
+    assert objective._block_size((10**6, 127), vocabulary) == 1
 
 
 @functools.partial(jax.jit, static_argnames="max_scored_positions")
 def sums(params, batch, max_scored_positions: int = 0) -> BatchLoss:
-    return batch_loss(MODEL, params, batch, num_devices=1, max_scored_positions=max_scored_positions)
+    return batch_loss(MODEL, params, batch, max_scored_positions=max_scored_positions)
 
 
 def score(batch: dict[str, np.ndarray], *, at_most: int = 0) -> BatchLoss:

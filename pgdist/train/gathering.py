@@ -1,0 +1,149 @@
+"""Parameters split over the mesh: brought together where they are used, their gradients added up where they live.
+
+Fully sharded data parallelism, said explicitly, for code inside `jax.shard_map`: a layer casts its shard to the dtype
+it computes in, gathers it over `fsdp` just before it is used (and again in the backward pass, where the layer is
+recomputed), and its gradient, each device's share of it in float32, is reduced and scattered back to the shards.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from pgdist.mesh import AXES
+from pgdist.models.paligemma import PaliGemma
+from pgdist.parameters import flatten, map_named, merge
+from pgdist.train.objective import BatchLoss, batch_loss
+
+PyTree = Any
+DATA, FSDP = AXES
+_EMBEDDING = "llm/embedder/input_embedding"
+_LAYERS = {
+    "img": "img/Transformer/encoderblock/",
+    "llm": "llm/layers/",
+}  # by tower, where its scanned layers are
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(shard: jax.Array, axis: int, dtype: DTypeLike) -> jax.Array:
+    """The whole array in `dtype`, of shards that `fsdp` splits along `axis`; differentiable in the shard.
+
+    The gradient is float32 in between: cast before it is added up over devices, reduced and scattered along `axis`.
+    """
+    whole = jax.lax.all_gather(shard.astype(dtype), FSDP, axis=axis, tiled=True)
+    return jax.lax.pcast(whole, DATA, to="varying")  # so that nobody but us adds up its gradient
+
+
+def _gather_forward(shard: jax.Array, axis: int, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+    return gather(shard, axis, dtype), jnp.zeros((), shard.dtype)
+
+
+def _gather_backward(axis: int, dtype: DTypeLike, like: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    total = jax.lax.psum_scatter(gradient.astype(jnp.float32), FSDP, scatter_dimension=axis, tiled=True)
+    return (jax.lax.psum(total, DATA).astype(like.dtype),)
+
+
+gather.defvjp(_gather_forward, _gather_backward)
+
+
+@jax.custom_vjp
+def spread(whole: jax.Array) -> jax.Array:
+    """A parameter that every device has whole, for each to use by itself; its gradients are added up in float32."""
+    return jax.lax.pcast(whole, (DATA, FSDP), to="varying")
+
+
+def _spread_forward(whole: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return spread(whole), jnp.zeros((), whole.dtype)
+
+
+def _spread_backward(like: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.psum(gradient.astype(jnp.float32), (DATA, FSDP)).astype(like.dtype),)
+
+
+spread.defvjp(_spread_forward, _spread_backward)
+
+
+class ShardedModel:
+    """A model's loss on a mesh, each device computing that of its rows with parameters that come and go by layer."""
+
+    def __init__(self, model: PaliGemma, *, mesh: Mesh, parameters: Mapping[str, NamedSharding]) -> None:
+        """parameters: where each parameter lives, by name."""
+        self._mesh = mesh
+        self._specs = {name: sharding.spec for name, sharding in parameters.items()}
+        self._split = {name: _split_axis(spec) for name, spec in self._specs.items()}
+        self._dtypes = {"img": model.config.image.dtype, "llm": model.config.text.dtype}
+        self._model = PaliGemma(model.config, self._layer_params("img"), self._layer_params("llm"))
+
+    def loss(self, params: PyTree, batch: Mapping[str, jax.Array], **how: Any) -> BatchLoss:
+        """Sums over the global batch; see `objective.batch_loss` for `how`."""
+
+        def local(params: PyTree, batch: Mapping[str, jax.Array]) -> BatchLoss:
+            return jax.lax.psum(self._local_loss(params, batch, trains_table=False, **how), AXES)
+
+        return self._map(local, (self._specs_of(params), PartitionSpec(AXES)), PartitionSpec())(params, batch)
+
+    def loss_and_gradients(
+        self, trainable: PyTree, frozen: PyTree, batch: Mapping[str, jax.Array], **how: Any
+    ) -> tuple[jax.Array, BatchLoss, PyTree]:
+        """(mean loss over the unmasked examples of the global batch, its sums, gradients of `trainable`), each
+        gradient where its parameter lives.
+        """
+        specs = self._specs_of(trainable)
+        trains_table = _EMBEDDING in flatten(trainable)
+
+        def local(
+            trainable: PyTree, frozen: PyTree, batch: Mapping[str, jax.Array]
+        ) -> tuple[jax.Array, BatchLoss, PyTree]:
+            examples = jnp.maximum(1.0, jax.lax.psum(jnp.sum(batch["weight"]), AXES))
+
+            def share_of_loss(trainable: PyTree) -> tuple[jax.Array, BatchLoss]:
+                params = merge(trainable, frozen)
+                sums = self._local_loss(params, batch, trains_table=trains_table, **how)
+                return sums.loss / examples, sums
+
+            (loss, sums), gradients = jax.value_and_grad(share_of_loss, has_aux=True)(trainable)
+            return *jax.lax.psum((loss, sums), AXES), gradients
+
+        in_specs = (specs, self._specs_of(frozen), PartitionSpec(AXES))
+        out_specs = (PartitionSpec(), PartitionSpec(), specs)
+        return self._map(local, in_specs, out_specs)(trainable, frozen, batch)
+
+    def _map(self, local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        return jax.shard_map(local, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs)
+
+    def _specs_of(self, params: PyTree) -> PyTree:
+        return map_named(lambda name, _: self._specs[name], params)
+
+    def _local_loss(self, params: PyTree, batch: Mapping[str, jax.Array], **how: Any) -> BatchLoss:
+        axis = None if self._split[_EMBEDDING] is None else FSDP
+        return batch_loss(self._model, map_named(self._prepare, params), batch, axis=axis, **how)
+
+    def _prepare(self, name: str, shard: jax.Array) -> jax.Array:
+        """A parameter as the model takes it; those of layers stay split until their layer is computed."""
+        if name == _EMBEDDING and self._split[name] is not None:
+            return jax.lax.pcast(shard, DATA, to="varying")
+        if self._split[name] is None:
+            return spread(shard)
+        if name.startswith(tuple(_LAYERS.values())):
+            return shard
+        return gather(shard, self._split[name], self._dtypes[name.partition("/")[0]])
+
+    def _layer_params(self, tower: str) -> Callable[[PyTree], PyTree]:
+        def bring_together(name: str, shard: jax.Array) -> jax.Array:
+            axis = self._split[_LAYERS[tower] + name]
+            if axis is None:
+                return shard
+            return gather(shard, axis - 1, self._dtypes[tower])  # one less: a layer has no layers' axis
+
+        return lambda params: map_named(bring_together, params)
+
+
+def _split_axis(spec: PartitionSpec) -> int | None:
+    """The axis that `fsdp` splits, None for an array that is whole."""
+    return list(spec).index(FSDP) if FSDP in spec else None
