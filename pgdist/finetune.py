@@ -126,7 +126,7 @@ def _train(
         if first == config.steps:
             logging.info("All %d steps are done already; evaluating what is there.", first)
         loop = Loop(
-            step=job.train_step,
+            step=job.parts.train_step,
             frozen=frozen,
             mesh=job.mesh,
             batches=batches,

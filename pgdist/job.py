@@ -9,12 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import logging
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from pgdist import cluster, hub, weights
 from pgdist.checkpoint import Checkpoints
-from pgdist.config import FLOAT_DTYPES, check_vocabulary, model_config
+from pgdist.config import check_vocabulary
 from pgdist.data.bad_records import refuse_bad_share
 from pgdist.data.jsonl import JsonlSource, fingerprint
 from pgdist.data.loader import HostBatches, train_batches
@@ -23,11 +22,12 @@ from pgdist.environment import describe_environment
 from pgdist.errors import DataError
 from pgdist.evaluate import metrics
 from pgdist.evaluate.runner import Evaluator, Prediction, mean_score
-from pgdist.mesh import batch_sharding, host_rows, make_mesh, parameter_shardings
-from pgdist.models.paligemma import PaliGemma, parameter_shapes
+from pgdist.mesh import batch_sharding, host_rows
+from pgdist.models.paligemma import PaliGemma
 from pgdist.models.presets import preset_layouts
-from pgdist.parameter_table import describe_parameters, format_table
-from pgdist.parameters import flatten, learning_rate_scales, unflatten
+from pgdist.parameter_table import format_table
+from pgdist.parameters import flatten, unflatten
+from pgdist.parts import Parts
 from pgdist.report import write_report
 from pgdist.report.examples import describe_examples
 from pgdist.telemetry import (
@@ -38,9 +38,8 @@ from pgdist.telemetry import (
     ProgressBar,
     TensorBoardWriter,
 )
-from pgdist.train.optimizer import decayed_names, make_optimizer, make_schedule
-from pgdist.train.state import TrainState, init_state, state_shardings
-from pgdist.train.step import make_train_step, make_validation_step
+from pgdist.train.state import TrainState, init_state
+from pgdist.train.step import make_validation_step
 from pgdist.workdir import Workdir, write_json, write_jsonl
 
 PyTree = Any
@@ -59,8 +58,6 @@ class Job:
     ) -> None:
         self.config = config
         self.workdir = workdir
-        self.mesh: Mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
-        self.rows = host_rows(batch_sharding(self.mesh), config.batch_size).tolist()
         self.tokenizer = Tokenizer(hub.fetch_file(config.tokenizer, field="config.tokenizer"))
         self.train_source = self._open_source(config.data.train, field="config.data.train")
         self.validation_source = None
@@ -69,48 +66,21 @@ class Job:
         check_vocabulary(config, self.tokenizer.vocab_size)
         # A wrong path is an error now, not after all that follows.
         stored = weights.read_header(config.init) if config.init else {}
-        self.model = PaliGemma(model_config(config))
-        self.shapes = flatten(parameter_shapes(self.model.config))
-        self.scales = learning_rate_scales(self.shapes, config.trainable)
-        self.shardings = parameter_shardings(self.mesh, self.shapes)
-        trained = {name for name, scale in self.scales.items() if scale}
-        self.decayed = decayed_names(trained, config)
-        self.optimizer = make_optimizer(config, scales=self.scales, decayed=self.decayed)
-        self.parameter_table = describe_parameters(
-            self.shapes,
-            scales=self.scales,
-            decayed=self.decayed,
-            frozen_dtypes={name: _frozen_dtype(config, stored.get(name)) for name in self.shapes},
-            shardings=self.shardings,
-        )
-        trainable_shapes = unflatten({name: self.shapes[name] for name in trained})
-        trainable_shardings = unflatten({name: self.shardings[name] for name in trained})
-        self.state_shardings = state_shardings(
-            self.optimizer, trainable_shardings, trainable_shapes, self.mesh
-        )
-        self.train_step = make_train_step(
-            self.model,
-            self.optimizer,
-            make_schedule(config),
-            mesh=self.mesh,
-            shardings=self.state_shardings,
-            parameters=self.shardings,
-            max_scored_positions=config.data.max_scored_positions,
-            label_smoothing=config.loss.label_smoothing,
-        )
+        self.parts = Parts(config, devices=devices, stored=stored)
+        self.mesh, self.model = self.parts.mesh, self.parts.model
+        self.parameter_table = self.parts.parameter_table
+        self.rows = host_rows(batch_sharding(self.mesh), config.batch_size).tolist()
         self.evaluator = self._make_evaluator()
 
     def load_weights(self) -> tuple[PyTree, TrainState]:
         """(frozen parameters, the state before the first step), from `config.init` or at random."""
-        expected = {
-            row["name"]: jax.ShapeDtypeStruct(row["shape"], row["dtype"]) for row in self.parameter_table
-        }
-        config, arrays = self.config, {}
+        config, arrays, parts = self.config, {}, self.parts
+        expected = parts.parameters()
         if config.init:
             arrays = weights.load(
                 config.init,
                 expected=expected,
-                shardings=self.shardings,
+                shardings=parts.shardings,
                 skip=config.init_skip,
                 seed=config.seed,
                 allow_non_finite=config.init_allow_non_finite,
@@ -120,10 +90,10 @@ class Job:
         if fresh := {name: leaf for name, leaf in expected.items() if name not in arrays}:
             if arrays:
                 logging.info("Begin at random numbers, as config.init_skip says: %s.", ", ".join(fresh))
-            arrays |= _random_weights(self.model, fresh, self.shardings, seed=config.seed)
-        frozen = {name: array for name, array in arrays.items() if not self.scales[name]}
-        trainable = {name: array for name, array in arrays.items() if self.scales[name]}
-        return unflatten(frozen), init_state(self.optimizer, unflatten(trainable), self.state_shardings)
+            arrays |= _random_weights(self.model, fresh, parts.shardings, seed=config.seed)
+        frozen = {name: array for name, array in arrays.items() if not parts.scales[name]}
+        trainable = {name: array for name, array in arrays.items() if parts.scales[name]}
+        return unflatten(frozen), init_state(parts.optimizer, unflatten(trainable), parts.state_shardings)
 
     def open_checkpoints(self) -> Checkpoints:
         """The run's checkpoints, which belong to its base weights."""
@@ -274,7 +244,7 @@ class Job:
             validation_step=make_validation_step(
                 self.model,
                 mesh=self.mesh,
-                parameters=self.shardings,
+                parameters=self.parts.shardings,
                 max_scored_positions=self.config.data.max_scored_positions,
             ),
         )
@@ -291,13 +261,6 @@ def _random_weights(
         return {name: params[name].astype(leaf.dtype) for name, leaf in expected.items()}
 
     return jax.jit(init, out_shardings={name: shardings[name] for name in expected})()
-
-
-def _frozen_dtype(config: ConfigDict, stored: weights.ArrayInfo | None) -> str:
-    """What a parameter is kept in if it is frozen; one that the file lacks is float32 where the file decides."""
-    if config.frozen_dtype != "file":
-        return config.frozen_dtype
-    return stored.dtype.name if stored is not None and stored.dtype.name in FLOAT_DTYPES else "float32"
 
 
 def _prediction_row(prediction: Prediction, metric: str) -> dict[str, Any]:
