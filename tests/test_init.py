@@ -7,7 +7,7 @@ import pytest
 
 from pgdist import weights
 from pgdist.config import default_config
-from pgdist.errors import WeightsError
+from pgdist.errors import ConfigError, WeightsError
 from pgdist.finetune import finetune
 from pgdist.job import Job
 from pgdist.parameters import flatten
@@ -78,6 +78,11 @@ def test_what_is_skipped_begins_at_random_and_the_rest_is_the_files(inputs, stor
         {name: array for name, array in stored.items() if name not in skipped},
     )
     assert not any(found[name].any() for name in skipped)  # as published: connector and norms begin at zero
+
+
+def test_a_skip_that_matches_nothing_is_a_mistake(inputs, tmp_path):
+    with pytest.raises(ConfigError, match=r"config.init_skip: 'img/heads' matches no array"):
+        begin(tiny_config(inputs, init_skip=("img/heads",)), tmp_path)
 
 
 @pytest.mark.parametrize("bare", [False, True])

@@ -55,6 +55,16 @@ def fit(source: Source, expected: Mapping[str, Shaped], *, skip: Sequence[str] =
     return dataclasses.replace(source, arrays=arrays, stored=stored)
 
 
+def refuse_idle_patterns(skip: Sequence[str], *, names: Sequence[str]) -> None:
+    """Raises ConfigError for a regex that matches none of the names, of the model and of the file, in full."""
+    for pattern in skip:
+        if not any(_compile(pattern).fullmatch(name) for name in names):
+            raise ConfigError(
+                f"config.init_skip: {pattern!r} matches no array of the model or the file. It has to match a "
+                "whole name, such as img/head/.* for all whose names begin so."
+            )
+
+
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether one of the regexes matches the whole name."""
     return any(_compile(pattern).fullmatch(name) for pattern in patterns)

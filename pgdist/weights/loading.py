@@ -76,18 +76,21 @@ def load(
     seed: of the rows that an embedding lacks.
     layouts, hint: how to go on after a mismatch; see `mismatch.check_fits`.
 
-    Raises WeightsError if the source cannot be read, is damaged, does not fit, or holds a NaN or infinity (or a
-    number that becomes one in the wanted dtype), which `allow_non_finite` lets pass. Where shardings are spread over
-    processes all of these must call, and each reads a part; what is wrong ends all of them. A checksum is compared
-    where one process reads the whole array.
+    Raises ConfigError for a regex of `skip` that matches nothing, and WeightsError if the source cannot be read, is
+    damaged, does not fit, or holds a NaN or infinity (or a number that becomes one in the wanted dtype), which
+    `allow_non_finite` lets pass. Where shardings are spread over processes all of these must call, and each reads a
+    part; what is wrong ends all of them. A checksum is compared where one process reads the whole array.
     """
+    names = tuple(expected)
     expected = {name: leaf for name, leaf in expected.items() if not fitting.matches(name, skip)}
     wanted = {name: np.dtype((dtypes or {}).get(name, leaf.dtype)) for name, leaf in expected.items()}
     shardings = shardings or {}
     opened: list[Source] = []
 
     def open_fitting_source() -> None:
-        source = fitting.fit(stack.enter_context(open_source(path)), expected, skip=skip, seed=seed)
+        found = stack.enter_context(open_source(path))
+        fitting.refuse_idle_patterns(skip, names=(*names, *found.arrays))
+        source = fitting.fit(found, expected, skip=skip, seed=seed)
         found = {name: array.info for name, array in source.arrays.items()}
         mismatch.check_fits(found, expected=expected, path=source.name, layouts=layouts, hint=hint)
         opened.append(source)
