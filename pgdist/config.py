@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from pgdist.errors import ConfigError
+from pgdist.models.attention import IMPLEMENTATIONS
 from pgdist.models.paligemma import PaliGemmaConfig
 from pgdist.models.presets import PRESETS, preset
 from pgdist.models.remat import REMAT_POLICIES
@@ -55,6 +56,7 @@ def default_config() -> ConfigDict:
     c.model.text_dtype = "bfloat16"
     c.model.final_logits_softcap = 0.0  # 0: none, which transfers better (PaliGemma 2 paper)
     c.model.remat = "none"  # what the backward pass recomputes: none, dots (all but matmuls of weights), full
+    c.model.attention = "auto"  # how it is computed in training: auto, plain, chunked, splash (TPU), cudnn (GPU)
 
     # Which parameters train: the first regex that matches a whole name gives its learning-rate scale, 0
     # freezes it.
@@ -238,6 +240,7 @@ def _check_choices(config: ConfigDict) -> None:
         "model.text_dtype": FLOAT_DTYPES,
         "frozen_dtype": (*FLOAT_DTYPES, "file"),
         "model.remat": REMAT_POLICIES,
+        "model.attention": ("auto", *IMPLEMENTATIONS),
         "optimizer.name": OPTIMIZERS,
         "schedule.name": SCHEDULES,
     }

@@ -246,6 +246,7 @@ class Job:
                 mesh=self.mesh,
                 parameters=self.parts.shardings,
                 max_scored_positions=self.config.data.max_scored_positions,
+                attention=self.config.model.attention,
             ),
         )
 

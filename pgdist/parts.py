@@ -76,6 +76,7 @@ class Parts:
             parameters=self.shardings,
             max_scored_positions=config.data.max_scored_positions,
             label_smoothing=config.loss.label_smoothing,
+            attention=config.model.attention,
         )
 
     def parameters(self) -> dict[str, jax.ShapeDtypeStruct]:

@@ -17,11 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from pgdist.models.attention import Visibility, attend, resolve, softcap
 from pgdist.models.remat import LayerParams, rematerialize
-
-MASKED_LOGIT = (
-    -2.3819763e38
-)  # the published models' constant: finite, so that a row that sees nothing stays finite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +38,7 @@ class GemmaConfig:
     post_norms: bool = False
     dtype: DTypeLike = jnp.float32
     remat: str = "none"
+    attention: str = "auto"
 
 
 @flax.struct.dataclass
@@ -49,11 +47,6 @@ class KVCache:
 
     key: jax.Array
     value: jax.Array
-
-
-def softcap(logits: jax.Array, cap: float) -> jax.Array:
-    """cap * tanh(logits / cap); the logits themselves when cap is 0."""
-    return cap * jnp.tanh(logits / cap) if cap else logits
 
 
 def rotate(x: jax.Array, positions: jax.Array, *, max_wavelength: float = 10_000.0) -> jax.Array:
@@ -107,17 +100,15 @@ class Attention(nn.Module):
         self,
         x: jax.Array,
         positions: jax.Array,
-        mask: jax.Array,
+        visibility: Visibility,
         cache: KVCache | None,
         slot: jax.Array | None,
     ) -> tuple[jax.Array, KVCache]:
-        """x [B, T, D], positions int[B, T], mask bool[B, T, S] -> ([B, T, D], this layer's keys and values).
+        """x [B, T, D], positions int[B, T], visibility of T x S -> ([B, T, D], this layer's keys and values).
 
         Without a cache S = T. With one ([B, S, K, H]) the new keys and values are written from `slot` on.
         """
         c = self.config
-        batch, length, _ = x.shape
-        groups = c.num_heads // c.num_kv_heads
         query = Einsum((c.num_heads, c.width, c.head_dim), (1,), (0, 2), name="q_einsum")("btd,ndh->btnh", x)
         key, value = Einsum((2, c.num_kv_heads, c.width, c.head_dim), (2,), (1, 3), name="kv_einsum")(
             "btd,ckdh->cbtkh", x
@@ -129,20 +120,18 @@ class Attention(nn.Module):
             value = jax.lax.dynamic_update_slice_in_dim(
                 cache.value, value.astype(cache.value.dtype), slot, axis=1
             )
-        new_cache = KVCache(key=key, value=value)
-        query = query.reshape(batch, length, c.num_kv_heads, groups, c.head_dim)
-        logits = jnp.einsum(
-            "btkgh,bskh->bkgts", query, key.astype(x.dtype), preferred_element_type=jnp.float32
+        attended = attend(
+            query,
+            key.astype(x.dtype),
+            value.astype(x.dtype),
+            visibility,
+            logits_softcap=c.attn_logits_softcap,
+            implementation=c.attention,
         )
-        logits = softcap(logits, c.attn_logits_softcap)
-        logits = jnp.where(mask[:, None, None, :, :], logits, MASKED_LOGIT)
-        probs = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
-        attended = jnp.einsum("bkgts,bskh->btkgh", probs, value.astype(x.dtype))
-        attended = attended.reshape(batch, length, c.num_heads, c.head_dim)
         out = Einsum((c.num_heads, c.head_dim, c.width), (0, 1), (2,), name="attn_vec_einsum")(
             "btnh,nhd->btd", attended
         )
-        return out, new_cache
+        return out, KVCache(key=key, value=value)
 
 
 @jax.custom_vjp
@@ -190,13 +179,13 @@ class Block(nn.Module):
         x: jax.Array,
         cache: KVCache | None,
         positions: jax.Array,
-        mask: jax.Array,
+        visibility: Visibility,
         slot: jax.Array | None,
     ) -> tuple[jax.Array, KVCache]:
         """x [B, T, D] -> ([B, T, D], this layer's keys and values); see `Attention`."""
         c = self.config
         y = RMSNorm(name="pre_attention_norm")(x)
-        y, cache = Attention(c, name="attn")(y, positions, mask, cache, slot)
+        y, cache = Attention(c, name="attn")(y, positions, visibility, cache, slot)
         if c.post_norms:
             y = RMSNorm(name="post_attention_norm")(y)
         x = x + y
@@ -261,16 +250,17 @@ class Gemma(nn.Module):
         x: jax.Array,
         *,
         positions: jax.Array,
-        mask: jax.Array,
+        visibility: Visibility,
         cache: KVCache | None = None,
         slot: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Embedded tokens [B, T, D] -> (final-norm outputs [B, T, D], keys and values).
 
-        positions: int[B, T].  mask: bool[B, T, S], True where query t sees key s; S = T without a cache.
+        positions: int[B, T].  visibility: of keys S to queries T; S = T without a cache.
         cache: [L, B, S, K, H] of earlier tokens; the new ones are written at `slot` (int[]).
         """
-        x, cache = self.layers(x.astype(self.config.dtype), cache, positions, mask, slot)
+        visibility = visibility.prepared(resolve(self.config.attention, x.shape[1]))
+        x, cache = self.layers(x.astype(self.config.dtype), cache, positions, visibility, slot)
         return self.final_norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:

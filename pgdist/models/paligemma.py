@@ -15,10 +15,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from pgdist.models.attention import NEVER, Visibility
 from pgdist.models.gemma import Gemma, GemmaConfig, KVCache
 from pgdist.models.remat import LayerParams
 from pgdist.models.siglip import Siglip, SiglipConfig
 
+_TILE = 16  # rows of a tile of bfloat16 in TPU's memory
 _NORM = re.compile(r".*/(LayerNorm_\d|\w*norm)/(scale|bias)")
 
 
@@ -49,10 +51,20 @@ def normalize_image(image: jax.Array) -> jax.Array:
     return image.astype(jnp.float32) / 127.5 - 1.0
 
 
-def prefix_lm_mask(mask_ar: jax.Array, input_mask: jax.Array) -> jax.Array:
-    """int[B, T], bool[B, T] -> bool[B, T, T]: True where query q (axis 1) sees key k (axis 2)."""
-    block = jnp.cumsum(mask_ar, axis=1)
-    return (block[:, None, :] <= block[:, :, None]) & input_mask.astype(bool)[:, None, :]
+def prefix_lm_visibility(mask_ar: jax.Array, input_mask: jax.Array, *, num_open: int = 0) -> Visibility:
+    """Of int[B, T] and bool[B, T]; the first num_open tokens of each row are known to be no suffix."""
+    block = jnp.cumsum(mask_ar, axis=1, dtype=jnp.int32)
+    key_block = jnp.where(input_mask.astype(bool), block, NEVER)
+    return Visibility(query_block=block, key_block=key_block, num_open=num_open)
+
+
+def _sees_all(x: jax.Array, visible: jax.Array) -> Visibility:
+    """All queries of x [B, T, D] see what is visible, bool[B, S]."""
+    return Visibility(
+        query_block=jnp.zeros(x.shape[:2], jnp.int32),
+        key_block=jnp.where(visible, 0, NEVER),
+        num_open=x.shape[1],
+    )
 
 
 class PaliGemma(nn.Module):
@@ -88,16 +100,20 @@ class PaliGemma(nn.Module):
     ) -> jax.Array:
         """As `hidden`, of text that is embedded already, dtype[B, T, D]; the embedding itself is not used."""
         image_tokens = self.img(image)
-        n = image_tokens.shape[1]
+        n, length = image_tokens.shape[1], embedded.shape[1]
+        # Rows of whole tiles: TPU's compiler reshapes and stores others by copying them.
+        padding = -(n + length) % _TILE
+        embedded = jnp.pad(embedded, ((0, 0), (0, padding), (0, 0)))
         x = jnp.concatenate([image_tokens.astype(self.config.text.dtype), embedded], axis=1)
-        input_mask = jnp.pad(input_mask.astype(bool), ((0, 0), (n, 0)), constant_values=True)
-        mask_ar = jnp.pad(mask_ar, ((0, 0), (n, 0)))
+        input_mask = jnp.pad(input_mask.astype(bool), ((0, 0), (0, padding)))
+        input_mask = jnp.pad(input_mask, ((0, 0), (n, 0)), constant_values=True)
+        mask_ar = jnp.pad(mask_ar, ((0, 0), (n, padding)))
         hidden, _ = self.llm(
             x,
             positions=jnp.cumsum(input_mask, axis=1) - 1,
-            mask=prefix_lm_mask(mask_ar, input_mask),
+            visibility=prefix_lm_visibility(mask_ar, input_mask, num_open=n),
         )
-        return hidden[:, n:]
+        return hidden[:, n : n + length]
 
     def prefill(
         self, image: jax.Array, prompt: jax.Array, input_mask: jax.Array, *, max_new_tokens: int
@@ -112,8 +128,8 @@ class PaliGemma(nn.Module):
         n = image_tokens.shape[1]
         x = jnp.concatenate([image_tokens.astype(self.config.text.dtype), self.llm.embed(prompt)], axis=1)
         visible = jnp.pad(input_mask.astype(bool), ((0, 0), (n, 0)), constant_values=True)
-        mask = jnp.broadcast_to(visible[:, None, :], (x.shape[0], x.shape[1], x.shape[1]))
-        hidden, kv = self.llm(x, positions=jnp.cumsum(visible, axis=1) - 1, mask=mask)
+        positions = jnp.cumsum(visible, axis=1) - 1
+        hidden, kv = self.llm(x, positions=positions, visibility=_sees_all(x, visible))
         count = jnp.sum(visible, axis=1, dtype=jnp.int32)
         # Rows are right-padded: the last real token, not the last slot, predicts the first new one.
         last = jnp.take_along_axis(hidden, (count - 1)[:, None, None], axis=1)[:, 0]
@@ -131,10 +147,11 @@ class PaliGemma(nn.Module):
         state.
         """
         visible = state.visible.at[:, state.slot].set(True)
+        x = self.llm.embed(token[:, None])
         hidden, kv = self.llm(
-            self.llm.embed(token[:, None]),
+            x,
             positions=state.position[:, None],
-            mask=visible[:, None, :],
+            visibility=_sees_all(x, visible),
             cache=state.kv,
             slot=state.slot,
         )

@@ -9,10 +9,15 @@ import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-# "dots" keeps what weights produced (the expensive matmuls) and recomputes attention, norms and activations.
+from pgdist.models.flash_attention import ATTENDED
+
+# "dots" keeps what weights and attention kernels produced and recomputes plain attention, norms and activations.
 _POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 REMAT_POLICIES = tuple(_POLICIES)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from pgdist.models.attention import attend
 from pgdist.models.remat import LayerParams, rematerialize
 
 
@@ -30,6 +31,7 @@ class SiglipConfig:
     mlp_dim: int = 4304
     dtype: DTypeLike = jnp.float32
     remat: str = "none"
+    attention: str = "auto"
 
     @property
     def num_tokens(self) -> int:
@@ -71,9 +73,7 @@ class SelfAttention(nn.Module):
             return nn.DenseGeneral((c.num_heads, head_dim), dtype=c.dtype, kernel_init=init, name=name)(x)
 
         query, key, value = project("query") * head_dim**-0.5, project("key"), project("value")
-        logits = jnp.einsum("bqnh,bknh->bnqk", query, key, preferred_element_type=jnp.float32)
-        probs = jax.nn.softmax(logits, axis=-1).astype(c.dtype)
-        attended = jnp.einsum("bnqk,bknh->bqnh", probs, value)
+        attended = attend(query, key, value, implementation=c.attention)
         return nn.DenseGeneral(c.width, axis=(-2, -1), dtype=c.dtype, kernel_init=init, name="out")(attended)
 
 

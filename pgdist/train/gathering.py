@@ -7,6 +7,7 @@ recomputed), and its gradient, each device's share of it in float32, is reduced 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,8 +17,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from pgdist.errors import ConfigError
 from pgdist.mesh import AXES
-from pgdist.models.paligemma import PaliGemma
+from pgdist.models.attention import PLATFORM_OF, choose
+from pgdist.models.paligemma import PaliGemma, PaliGemmaConfig
 from pgdist.parameters import flatten, map_named, merge
 from pgdist.train.objective import BatchLoss, batch_loss
 
@@ -36,8 +39,7 @@ def gather(shard: jax.Array, axis: int, dtype: DTypeLike) -> jax.Array:
 
     The gradient is float32 in between: cast before it is added up over devices, reduced and scattered along `axis`.
     """
-    whole = jax.lax.all_gather(shard.astype(dtype), FSDP, axis=axis, tiled=True)
-    return jax.lax.pcast(whole, DATA, to="varying")  # so that nobody but us adds up its gradient
+    return jax.lax.all_gather(shard.astype(dtype), FSDP, axis=axis, tiled=True)
 
 
 def _gather_forward(shard: jax.Array, axis: int, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
@@ -52,18 +54,22 @@ def _gather_backward(axis: int, dtype: DTypeLike, like: jax.Array, gradient: jax
 gather.defvjp(_gather_forward, _gather_backward)
 
 
-@jax.custom_vjp
-def spread(whole: jax.Array) -> jax.Array:
-    """A parameter that every device has whole, for each to use by itself; its gradients are added up in float32."""
-    return jax.lax.pcast(whole, (DATA, FSDP), to="varying")
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def spread(param: jax.Array, axes: str | tuple[str, ...] = AXES) -> jax.Array:
+    """A parameter that all devices along `axes` have alike, for each to use by itself; its gradients are added up over
+    them in float32.
+    """
+    return param
 
 
-def _spread_forward(whole: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return spread(whole), jnp.zeros((), whole.dtype)
+def _spread_forward(param: jax.Array, axes: str | tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
+    return param, jnp.zeros((), param.dtype)
 
 
-def _spread_backward(like: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    return (jax.lax.psum(gradient.astype(jnp.float32), (DATA, FSDP)).astype(like.dtype),)
+def _spread_backward(
+    axes: str | tuple[str, ...], like: jax.Array, gradient: jax.Array
+) -> tuple[jax.Array]:
+    return (jax.lax.psum(gradient.astype(jnp.float32), axes).astype(like.dtype),)
 
 
 spread.defvjp(_spread_forward, _spread_backward)
@@ -72,13 +78,21 @@ spread.defvjp(_spread_forward, _spread_backward)
 class ShardedModel:
     """A model's loss on a mesh, each device computing that of its rows with parameters that come and go by layer."""
 
-    def __init__(self, model: PaliGemma, *, mesh: Mesh, parameters: Mapping[str, NamedSharding]) -> None:
-        """parameters: where each parameter lives, by name."""
+    def __init__(
+        self,
+        model: PaliGemma,
+        *,
+        mesh: Mesh,
+        parameters: Mapping[str, NamedSharding],
+        attention: str = "auto",
+    ) -> None:
+        """parameters: where each parameter lives, by name.  attention: how it is computed (see `models.attention`)."""
         self._mesh = mesh
         self._specs = {name: sharding.spec for name, sharding in parameters.items()}
         self._split = {name: _split_axis(spec) for name, spec in self._specs.items()}
         self._dtypes = {"img": model.config.image.dtype, "llm": model.config.text.dtype}
-        self._model = PaliGemma(model.config, self._layer_params("img"), self._layer_params("llm"))
+        config = _with_attention(model.config, attention, mesh)
+        self._model = PaliGemma(config, self._layer_params("img"), self._layer_params("llm"))
 
     def loss(self, params: PyTree, batch: Mapping[str, jax.Array], **how: Any) -> BatchLoss:
         """Sums over the global batch; see `objective.batch_loss` for `how`."""
@@ -115,7 +129,10 @@ class ShardedModel:
         return self._map(local, in_specs, out_specs)(trainable, frozen, batch)
 
     def _map(self, local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        return jax.shard_map(local, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs)
+        # Kernels do not say over which axes their results vary, so that JAX cannot check it.
+        return jax.shard_map(
+            local, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
 
     def _specs_of(self, params: PyTree) -> PyTree:
         return map_named(lambda name, _: self._specs[name], params)
@@ -127,7 +144,7 @@ class ShardedModel:
     def _prepare(self, name: str, shard: jax.Array) -> jax.Array:
         """A parameter as the model takes it; those of layers stay split until their layer is computed."""
         if name == _EMBEDDING and self._split[name] is not None:
-            return jax.lax.pcast(shard, DATA, to="varying")
+            return spread(shard, DATA)
         if self._split[name] is None:
             return spread(shard)
         if name.startswith(tuple(_LAYERS.values())):
@@ -142,6 +159,35 @@ class ShardedModel:
             return gather(shard, axis - 1, self._dtypes[tower])  # one less: a layer has no layers' axis
 
         return lambda params: map_named(bring_together, params)
+
+
+def _with_attention(config: PaliGemmaConfig, attention: str, mesh: Mesh) -> PaliGemmaConfig:
+    platform = mesh.devices.flat[0].platform
+
+    def of_tower(tower: Any, logits_softcap: float) -> Any:
+        chosen = attention
+        if chosen == "auto":
+            chosen = choose(
+                platform=platform,
+                length=config.image.num_tokens,  # text is short beside it
+                dtype=tower.dtype,
+                logits_softcap=logits_softcap,
+            )
+        elif chosen == "cudnn" and logits_softcap:
+            raise ConfigError(
+                "config.model.attention=cudnn: cuDNN has no soft-cap of attention logits, which this preset has; "
+                "leave it at auto."
+            )
+        elif PLATFORM_OF.get(chosen, platform) != platform:
+            raise ConfigError(
+                f"config.model.attention={chosen} is a kernel for {PLATFORM_OF[chosen]} devices, these are {platform}; "
+                "leave it at auto."
+            )
+        return dataclasses.replace(tower, attention=chosen)
+
+    return PaliGemmaConfig(
+        image=of_tower(config.image, 0.0), text=of_tower(config.text, config.text.attn_logits_softcap)
+    )
 
 
 def _split_axis(spec: PartitionSpec) -> int | None:

@@ -37,6 +37,7 @@ def make_train_step(
     parameters: Mapping[str, NamedSharding],
     max_scored_positions: int = 0,
     label_smoothing: float = 0.0,
+    attention: str = "auto",
 ) -> TrainStep:
     """step(state, frozen, batch) -> (state, metrics); the state is donated, frozen parameters are only read.
 
@@ -47,7 +48,7 @@ def make_train_step(
     did not fit), finite (1 if loss, gradients and updated parameters were), stop (1 if any row's batch["stop"]
     is: some process wishes to stop). A step that is not finite changes nothing but the step counter.
     """
-    sharded = ShardedModel(model, mesh=mesh, parameters=parameters)
+    sharded = ShardedModel(model, mesh=mesh, parameters=parameters, attention=attention)
 
     def step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, sums, gradients = sharded.loss_and_gradients(
@@ -94,10 +95,15 @@ def make_train_step(
 
 
 def make_validation_step(
-    model: PaliGemma, *, mesh: Mesh, parameters: Mapping[str, NamedSharding], max_scored_positions: int = 0
+    model: PaliGemma,
+    *,
+    mesh: Mesh,
+    parameters: Mapping[str, NamedSharding],
+    max_scored_positions: int = 0,
+    attention: str = "auto",
 ) -> Callable[[PyTree, PyTree, Batch], BatchLoss]:
     """validate(trainable, frozen, batch) -> sums over the batch, without label smoothing."""
-    sharded = ShardedModel(model, mesh=mesh, parameters=parameters)
+    sharded = ShardedModel(model, mesh=mesh, parameters=parameters, attention=attention)
 
     def validate(trainable: PyTree, frozen: PyTree, batch: Batch) -> BatchLoss:
         return sharded.loss(merge(trainable, frozen), batch, max_scored_positions=max_scored_positions)

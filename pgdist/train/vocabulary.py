@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pgdist.models.gemma import softcap
+from pgdist.models.attention import softcap
 
 
 def embed(table: jax.Array, tokens: jax.Array, *, dtype: DTypeLike, axis: str | None) -> jax.Array:
@@ -128,9 +128,7 @@ def _score(how, hidden, table, targets, weights, *, with_gradients):
             d_table += jnp.einsum("bsv,bsd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
         return d_table, (*found, d_hidden)
 
-    start = None
-    if trains_table:
-        start = jnp.zeros(table.shape, jnp.float32) + 0.0 * _varying_like(hidden)
+    start = jnp.zeros(table.shape, jnp.float32) if trains_table else None
     d_table, (loss, correct, d_hidden) = jax.lax.scan(
         score_block, start, tuple(map(split, (hidden, targets, weights)))
     )
@@ -139,11 +137,6 @@ def _score(how, hidden, table, targets, weights, *, with_gradients):
         return x.swapaxes(0, 1).reshape(rows, -1, *x.shape[3:])[:, :length]
 
     return jnp.sum(loss), join(correct), None if d_hidden is None else join(d_hidden), d_table
-
-
-def _varying_like(x: jax.Array) -> jax.Array:
-    """A zero that differs between devices, as far as types tell, where x does."""
-    return jnp.zeros((), jnp.float32) * x.reshape(-1)[0].astype(jnp.float32)
 
 
 def _first_row(table: jax.Array, axis: str | None) -> jax.Array | int:
