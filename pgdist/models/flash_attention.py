@@ -63,7 +63,7 @@ def _in_lanes(x: jax.Array, fill: bool = False) -> jax.Array:
 
 
 def _block_sizes(queries: int, keys: int) -> splash_kernel.BlockSizes:
-    block_q, block_kv = _block(queries), _block(keys)
+    block_q, block_kv = _block(queries, 1024), _block(keys, 1536)
     return splash_kernel.BlockSizes(
         block_q=block_q,
         block_kv=block_kv,
@@ -74,8 +74,6 @@ def _block_sizes(queries: int, keys: int) -> splash_kernel.BlockSizes:
     )
 
 
-def _block(length: int) -> int:
+def _block(length: int, largest: int) -> int:
     """The largest multiple of the lanes that divides the length and is no larger than the largest block."""
-    return max(
-        size for size in range(_LANES, min(length, _LARGEST_BLOCK) + 1, _LANES) if length % size == 0
-    )
+    return max(size for size in range(_LANES, min(length, largest) + 1, _LANES) if length % size == 0)

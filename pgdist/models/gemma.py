@@ -14,6 +14,7 @@ import dataclasses
 import flax.linen as nn
 import flax.struct
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -135,15 +136,31 @@ class Attention(nn.Module):
 
 
 @jax.custom_vjp
-def _with_gradients_formed(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both as they are. Their gradients are formed once, before the matrix products that need them: TPU's compiler
-    would form them again for each block of each product.
+def _formed(x: jax.Array) -> jax.Array:
+    """x [M, N] as it is: it and its gradient are formed once, row by row, before what needs them. TPU's compiler would
+    form a gradient again for each block of each product that it goes into, in the order that suits one of them, and
+    slow a product down by what it appends to it.
     """
+    return jax.lax.optimization_barrier(x)
+
+
+def _formed_backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+    gradient = with_layout_constraint(gradient, Layout(major_to_minor=(0, 1)))
+    return (jax.lax.optimization_barrier(gradient),)
+
+
+_formed.defvjp(lambda x: (_formed(x), None), _formed_backward)
+
+
+@jax.custom_vjp
+def _with_gradients_formed(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both as they are, but their gradients as those of `_formed`."""
     return gate, up
 
 
 _with_gradients_formed.defvjp(
-    lambda gate, up: ((gate, up), None), lambda _, gradients: jax.lax.optimization_barrier(gradients)
+    lambda gate, up: ((gate, up), None),
+    lambda _, gradients: tuple(_formed_backward(None, g)[0] for g in gradients),
 )
 
 
@@ -163,9 +180,9 @@ class GatedMlp(nn.Module):
         linear = self.param("linear", nn.initializers.lecun_normal(), (c.mlp_dim, c.width)).astype(x.dtype)
         shape = x.shape
         # One [B*T, D] matrix: XLA's CPU backend multiplies it faster than a batch of small ones.
-        x = x.reshape(-1, c.width)
+        x = _formed(x.reshape(-1, c.width))
         gate, up = _with_gradients_formed(x @ gating[0], x @ gating[1])
-        return ((nn.gelu(gate, approximate=True) * up) @ linear).reshape(shape)
+        return _formed((nn.gelu(gate, approximate=True) * up) @ linear).reshape(shape)
 
 
 class Block(nn.Module):

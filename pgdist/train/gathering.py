@@ -66,9 +66,7 @@ def _spread_forward(param: jax.Array, axes: str | tuple[str, ...]) -> tuple[jax.
     return param, jnp.zeros((), param.dtype)
 
 
-def _spread_backward(
-    axes: str | tuple[str, ...], like: jax.Array, gradient: jax.Array
-) -> tuple[jax.Array]:
+def _spread_backward(axes: str | tuple[str, ...], like: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
     return (jax.lax.psum(gradient.astype(jnp.float32), axes).astype(like.dtype),)
 
 
@@ -130,9 +128,7 @@ class ShardedModel:
 
     def _map(self, local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         # Kernels do not say over which axes their results vary, so that JAX cannot check it.
-        return jax.shard_map(
-            local, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-        )
+        return jax.shard_map(local, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def _specs_of(self, params: PyTree) -> PyTree:
         return map_named(lambda name, _: self._specs[name], params)

@@ -18,7 +18,11 @@ _IMAGE_TOKENS, _TEXT_TOKENS = 144, 20  # neither the sum nor the image is a mult
 
 def _inputs(*, heads: int, kv_heads: int, size: int, queries: int, keys: int, dtype: str = "float32"):
     rng = np.random.default_rng(0)
-    shapes = {"query": (2, queries, heads, size), "key": (2, keys, kv_heads, size), "value": (2, keys, kv_heads, size)}
+    shapes = {
+        "query": (2, queries, heads, size),
+        "key": (2, keys, kv_heads, size),
+        "value": (2, keys, kv_heads, size),
+    }
     arrays = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
     arrays["query"] *= 3 * size**-0.5
     return {name: jnp.asarray(array, dtype) for name, array in arrays.items()}
@@ -100,7 +104,9 @@ def test_prefix_lm_attention_is_the_formula_forward_and_backward(
     expected, _, _ = _exact(**inputs, mask=mask, cap=cap)
     np.testing.assert_allclose(attended, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
     for name, exact in _exact_gradients(**inputs, mask=mask, cap=cap, cotangent=cotangent).items():
-        np.testing.assert_allclose(gradients[name], exact, rtol=0, atol=3e-6 * np.abs(exact).max(), err_msg=name)
+        np.testing.assert_allclose(
+            gradients[name], exact, rtol=0, atol=3e-6 * np.abs(exact).max(), err_msg=name
+        )
 
 
 @pytest.mark.parametrize("implementation", ["plain", "chunked", "splash"])
@@ -113,4 +119,6 @@ def test_an_image_attends_to_all_of_itself(monkeypatch: pytest.MonkeyPatch, impl
     expected, _, _ = _exact(**inputs, mask=mask, cap=0.0)
     np.testing.assert_allclose(attended, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
     for name, exact in _exact_gradients(**inputs, mask=mask, cap=0.0, cotangent=cotangent).items():
-        np.testing.assert_allclose(gradients[name], exact, rtol=0, atol=3e-6 * np.abs(exact).max(), err_msg=name)
+        np.testing.assert_allclose(
+            gradients[name], exact, rtol=0, atol=3e-6 * np.abs(exact).max(), err_msg=name
+        )
