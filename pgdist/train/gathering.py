@@ -22,6 +22,7 @@ from pgdist.mesh import AXES
 from pgdist.models.attention import PLATFORM_OF, choose
 from pgdist.models.paligemma import PaliGemma, PaliGemmaConfig
 from pgdist.parameters import flatten, map_named, merge
+from pgdist.train.collectives import sum_and_scatter
 from pgdist.train.objective import BatchLoss, batch_loss
 
 PyTree = Any
@@ -47,7 +48,7 @@ def _gather_forward(shard: jax.Array, axis: int, dtype: DTypeLike) -> tuple[jax.
 
 
 def _gather_backward(axis: int, dtype: DTypeLike, like: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    total = jax.lax.psum_scatter(gradient.astype(jnp.float32), FSDP, scatter_dimension=axis, tiled=True)
+    total = sum_and_scatter(gradient.astype(jnp.float32), FSDP, axis=axis)
     return (jax.lax.psum(total, DATA).astype(like.dtype),)
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pgdist.models.attention import softcap
+from pgdist.train.collectives import sum_and_scatter
 
 
 def embed(table: jax.Array, tokens: jax.Array, *, dtype: DTypeLike, axis: str | None) -> jax.Array:
@@ -161,7 +162,7 @@ def _own_rows(x: jax.Array, axis: str | None) -> jax.Array:
 
 def _sum_to_owners(x: jax.Array, axis: str | None) -> jax.Array:
     """The sum over devices of x, each device keeping the rows that it gave to `_of_all_devices`."""
-    return x if axis is None else jax.lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True)
+    return x if axis is None else sum_and_scatter(x, axis, axis=0)
 
 
 def _sum(x: jax.Array, axis: str | None) -> jax.Array:

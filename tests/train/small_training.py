@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pgdist.config import default_config
-from pgdist.mesh import batch_sharding, parameter_sharding, put_batch
-from pgdist.models import PaliGemma
+from pgdist.mesh import batch_sharding, host_rows, parameter_sharding, put_batch
+from pgdist.models import PaliGemma, PaliGemmaConfig
 from pgdist.parameters import flatten, unflatten
 from pgdist.train.optimizer import make_optimizer, make_schedule
 from pgdist.train.state import TrainState, init_state, state_shardings
@@ -30,35 +30,41 @@ class Training:
     shardings: TrainState
     optimizer: Any
     mesh: Mesh
+    model: PaliGemmaConfig
 
     def start(self) -> TrainState:
         """The state before the first step, from random parameters, each on its sharding."""
         shardings = flatten(self.shardings.trainable)
-        params = flatten(random_parameters(CONFIG, seed=0))
+        params = flatten(random_parameters(self.model, seed=0))
         placed = {name: jax.device_put(array, shardings[name]) for name, array in params.items()}
         return init_state(self.optimizer, unflatten(placed), self.shardings)
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        return put_batch(batch, sharding=batch_sharding(self.mesh), batch_size=BATCH)
+        """This process's rows of a global batch."""
+        sharding, size = batch_sharding(self.mesh), len(batch["weight"])
+        rows = host_rows(sharding, size)
+        return put_batch({name: x[rows] for name, x in batch.items()}, sharding=sharding, batch_size=size)
 
 
-def small_training(mesh: Mesh, *, optimizer: str = "sgd", learning_rate: float = 0.01) -> Training:
+def small_training(
+    mesh: Mesh, *, optimizer: str = "sgd", learning_rate: float = 0.01, model: PaliGemmaConfig = CONFIG
+) -> Training:
     """All parameters train, in float32, with the cosine schedule."""
     config = default_config()
     config.steps, config.optimizer.name, config.optimizer.learning_rate = STEPS, optimizer, learning_rate
-    shapes = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in flat_shapes(CONFIG).items()}
+    shapes = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in flat_shapes(model).items()}
     transformation = make_optimizer(config, scales=dict.fromkeys(shapes, 1.0), decayed=set())
     placement = {name: parameter_sharding(mesh, name, leaf.shape) for name, leaf in shapes.items()}
     shardings = state_shardings(transformation, unflatten(placement), unflatten(shapes), mesh)
     step = make_train_step(
-        PaliGemma(CONFIG),
+        PaliGemma(model),
         transformation,
         make_schedule(config),
         mesh=mesh,
         shardings=shardings,
         parameters=placement,
     )
-    return Training(step=step, shardings=shardings, optimizer=transformation, mesh=mesh)
+    return Training(step=step, shardings=shardings, optimizer=transformation, mesh=mesh, model=model)
 
 
 def batch_of_step(step: int) -> dict[str, np.ndarray]:
