@@ -96,8 +96,10 @@ def default_config() -> ConfigDict:
     c.loss.label_smoothing = 0.0
 
     c.mesh = ConfigDict()
-    c.mesh.data = 1  # devices that hold different rows and equal parameters
-    c.mesh.fsdp = -1  # devices that split parameters among them; -1: all that are left
+    # -1: all devices that the other leaves. Both -1: fsdp has as many devices of a TPU slice, or GPUs of a node, as
+    # split every array evenly (128 at most), and data all the rest. docs/placement.md
+    c.mesh.data = -1  # devices that hold different rows and equal parameters
+    c.mesh.fsdp = -1  # devices that split parameters among them
 
     c.eval = ConfigDict()
     c.eval.every = 16  # steps; 0: only before the first step and after the last

@@ -13,6 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from pgdist.errors import ConfigError
+from pgdist.parameter_table import warn_of_replication
 from pgdist.parts import Parts
 from pgdist.plan.program import Program, read_program
 from pgdist.plan.topologies import Chip, chip_of
@@ -71,6 +72,7 @@ def compile_train_step(
     Raises ConfigError where the step does not fit the devices' memory, with what the compiler says of it.
     """
     parts = Parts(config, devices=devices)
+    warn_of_replication(parts.parameter_table, fsdp=parts.mesh.shape["fsdp"])
     inputs = parts.step_inputs()
     started = time.perf_counter()
     try:
