@@ -40,6 +40,9 @@ def default_config() -> ConfigDict:
     c.seed = 0  # order of examples, choice among suffixes, initial weights
     c.steps = 64
     c.batch_size = 8  # global: all processes and devices together
+    c.gradient_accumulation_steps = (
+        1  # parts that a batch is computed in, one after the other: the same, in less memory
+    )
     # Weights to start from: an npz in the published layout, a transformers folder, or a run's folder (runs/cows, or
     # runs/cows@64 for a step); local, gs://, hf:// or kaggle://; several with commas; "" starts from random ones.
     c.init = ""
@@ -128,6 +131,7 @@ def check_values(config: ConfigDict) -> None:
     for field in (
         "steps",
         "batch_size",
+        "gradient_accumulation_steps",
         "data.text_length",
         "eval.max_new_tokens",
         "checkpoint.every",

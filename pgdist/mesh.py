@@ -157,17 +157,26 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
+def check_batch_size(batch_size: int, *, devices: int, accumulation_steps: int = 1) -> None:
+    """Raises ConfigError when the rows of a global batch do not divide by devices and microbatches."""
+    parts = devices * accumulation_steps
+    if batch_size % parts:
+        each = ""
+        if accumulation_steps > 1:
+            each = f", with config.gradient_accumulation_steps={accumulation_steps} microbatches on each"
+        lower = batch_size // parts * parts
+        raise ConfigError(
+            f"config.batch_size={batch_size} cannot be split evenly over the {devices} devices of the mesh{each}: "
+            f"use a multiple of {parts}, such as {f'{lower} or ' if lower else ''}{lower + parts}."
+        )
+
+
 def host_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
     """The rows of a global batch that this process's devices hold, int[rows], ascending.
 
     Raises ConfigError when the batch does not divide by the number of devices.
     """
-    shards = sharding.mesh.size
-    if batch_size % shards:
-        raise ConfigError(
-            f"config.batch_size={batch_size} cannot be split evenly over the {shards} devices of the mesh: "
-            f"use a multiple of {shards}."
-        )
+    check_batch_size(batch_size, devices=sharding.mesh.size)
     indices = sharding.addressable_devices_indices_map((batch_size,)).values()
     rows = [np.arange(batch_size)[index] for (index,) in indices]
     return np.unique(np.concatenate(rows))

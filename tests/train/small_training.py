@@ -39,10 +39,12 @@ class Training:
         return init_state(self.optimizer, unflatten(placed), self.shardings)
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        return put_batch(batch, sharding=batch_sharding(self.mesh), batch_size=BATCH)
+        return put_batch(batch, sharding=batch_sharding(self.mesh), batch_size=len(batch["weight"]))
 
 
-def small_training(mesh: Mesh, *, optimizer: str = "sgd", learning_rate: float = 0.01) -> Training:
+def small_training(
+    mesh: Mesh, *, optimizer: str = "sgd", learning_rate: float = 0.01, accumulation_steps: int = 1
+) -> Training:
     """All parameters train, in float32, with the cosine schedule."""
     config = default_config()
     config.steps, config.optimizer.name, config.optimizer.learning_rate = STEPS, optimizer, learning_rate
@@ -57,6 +59,7 @@ def small_training(mesh: Mesh, *, optimizer: str = "sgd", learning_rate: float =
         mesh=mesh,
         shardings=shardings,
         parameters=placement,
+        accumulation_steps=accumulation_steps,
     )
     return Training(step=step, shardings=shardings, optimizer=transformation, mesh=mesh)
 
