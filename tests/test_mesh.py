@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import math
+import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -86,6 +89,27 @@ def test_what_stays_whole_of_a_published_model_is_small(preset, fsdp):
 
     assert max(whole.values()) < MIB
     assert sum(whole.values()) < 5 * MIB < sum(bytes_of.values()) / 1000
+
+
+def documented_axes() -> dict[str, int | None]:
+    """{pattern of names: the axis in bold, None for whole} of the table in docs/placement.md."""
+    page = (Path(__file__).parents[1] / "docs" / "placement.md").read_text()
+    rows = re.findall(r"^\| ((?:`[a-z].*?`(?:, )?)+) \| (\[.*?\]|whole) \|", page, re.MULTILINE)
+    found = {}
+    for names, axes in rows:
+        bold = [axis.startswith("**") for axis in axes.strip("[]").split(", ")]
+        found |= dict.fromkeys(re.findall(r"`(.*?)`", names), bold.index(True) if any(bold) else None)
+    return found
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_the_page_on_placement_has_the_axis_of_every_array(preset):
+    mesh, documented = AbstractMesh((1, 128), AXES), documented_axes()
+
+    for name, shape in layouts()[preset].items():
+        axes = [axis for pattern, axis in documented.items() if fnmatch.fnmatch(name, pattern)]
+        spec = list(parameter_sharding(mesh, name, shape).spec)
+        assert axes == [spec.index("fsdp") if "fsdp" in spec else None], name
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))

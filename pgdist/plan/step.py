@@ -81,8 +81,8 @@ def compile_train_step(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise ConfigError(
-            f"The step does not fit: {_first_sentence(error)} Use a smaller config.batch_size, "
-            "config.model.remat=full, or more devices."
+            f"The step does not fit: {_first_sentence(error)} Use config.model.remat=full, a "
+            "larger config.gradient_accumulation_steps, a smaller config.batch_size, or more devices."
         ) from error
     memory = compiled.memory_analysis()
     device = parts.mesh.devices.flat[0]
