@@ -120,7 +120,7 @@ def _sizes(slices: Sequence[Sequence[jax.Device]], *, data: int, fsdp: int) -> t
 
 def _tell_of_crossing(slices: Sequence[Sequence[jax.Device]], *, fsdp: int) -> None:
     """A ConfigError on TPUs, whose networks differ by more than a factor of ten; a warning elsewhere."""
-    sizes = {len(members) for members in slices}
+    sizes = sorted({len(members) for members in slices})
     message = (
         f"config.mesh: fsdp={fsdp} crosses the {len(slices)} slices of {' or '.join(map(str, sizes))} devices: the "
         "weights of every layer would go over the slow network between them. Within one they stay with "
