@@ -29,7 +29,6 @@ def get_config() -> ConfigDict:
     c.optimizer.b2 = 0.99
     c.optimizer.clip_norm = 1.0
     c.schedule.warmup = 0.02
-    c.mesh.data = -1
     c.mesh.fsdp = 1
     c.eval.every = 2000
     c.eval.max_new_tokens = 16

@@ -73,7 +73,7 @@ def main(*more_images: str) -> None:
     check_values(config)
     health.check(config)
     # Devices need not be those of the training run.
-    config.mesh.data, config.mesh.fsdp = 1, -1
+    config.mesh.data = config.mesh.fsdp = -1
     weights = _find_weights(config)
     _check_out([_DATA.value or "", weights, *images])
     # Before the weights, which may take minutes to load.

@@ -41,6 +41,9 @@ def default_config() -> ConfigDict:
     c.seed = 0  # order of examples, choice among suffixes, initial weights
     c.steps = 64
     c.batch_size = 8  # global: all processes and devices together
+    c.gradient_accumulation_steps = (
+        1  # parts that a batch is computed in, one after the other: the same, in less memory
+    )
     # Weights to start from: an npz in the published layout, a transformers folder, or a run's folder (runs/cows, or
     # runs/cows@64 for a step); local, gs://, hf:// or kaggle://; several with commas; "" starts from random ones.
     c.init = ""
@@ -100,8 +103,10 @@ def default_config() -> ConfigDict:
     c.loss.label_smoothing = 0.0
 
     c.mesh = ConfigDict()
-    c.mesh.data = 1  # devices that hold different rows and equal parameters
-    c.mesh.fsdp = -1  # devices that split parameters among them; -1: all that are left
+    # -1: all devices that the other leaves. Both -1: fsdp has as many devices of a TPU slice, or GPUs of a node, as
+    # split every array evenly (128 at most), and data all the rest. docs/placement.md
+    c.mesh.data = -1  # devices that hold different rows and equal parameters
+    c.mesh.fsdp = -1  # devices that split parameters among them
 
     c.eval = ConfigDict()
     c.eval.every = 16  # steps; 0: only before the first step and after the last
@@ -130,6 +135,7 @@ def check_values(config: ConfigDict) -> None:
     for field in (
         "steps",
         "batch_size",
+        "gradient_accumulation_steps",
         "data.text_length",
         "eval.max_new_tokens",
         "checkpoint.every",

@@ -25,7 +25,7 @@ from pgdist.evaluate.runner import Evaluator, Prediction, mean_score
 from pgdist.mesh import batch_sharding, host_rows
 from pgdist.models.paligemma import PaliGemma
 from pgdist.models.presets import preset_layouts
-from pgdist.parameter_table import format_table
+from pgdist.parameter_table import format_table, warn_of_replication
 from pgdist.parameters import flatten, unflatten
 from pgdist.parts import Parts
 from pgdist.report import write_report
@@ -194,7 +194,9 @@ class Job:
     def log_descriptions(self) -> None:
         """The table of parameters and what the data is, for people to read."""
         if cluster.is_primary():
-            logging.info("Parameters:\n%s", format_table(self.parameter_table))
+            sizes = " x ".join(f"{name}={size}" for name, size in self.mesh.shape.items())
+            logging.info("Parameters on a mesh of %s:\n%s", sizes, format_table(self.parameter_table))
+            warn_of_replication(self.parameter_table, fsdp=self.mesh.shape["fsdp"])
             logging.info("Training data: %s: %s", self.config.data.train, fingerprint(self.train_source))
 
     def write_descriptions(self) -> None:

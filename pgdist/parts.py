@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from pgdist import weights
 from pgdist.config import FLOAT_DTYPES, model_config
-from pgdist.mesh import batch_sharding, make_mesh, parameter_shardings
+from pgdist.mesh import batch_sharding, check_batch_size, make_mesh, parameter_shardings
 from pgdist.models.paligemma import PaliGemma, parameter_shapes
 from pgdist.parameter_table import describe_parameters
 from pgdist.parameters import flatten, learning_rate_scales, unflatten
@@ -48,6 +48,11 @@ class Parts:
         """
         self.config = config
         self.mesh: Mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
+        check_batch_size(
+            config.batch_size,
+            devices=self.mesh.size,
+            accumulation_steps=config.gradient_accumulation_steps,
+        )
         self.model = PaliGemma(model_config(config))
         self.shapes = flatten(parameter_shapes(self.model.config))
         self.scales = learning_rate_scales(self.shapes, config.trainable)
@@ -77,6 +82,7 @@ class Parts:
             max_scored_positions=config.data.max_scored_positions,
             label_smoothing=config.loss.label_smoothing,
             attention=config.model.attention,
+            accumulation_steps=config.gradient_accumulation_steps,
         )
 
     def parameters(self) -> dict[str, jax.ShapeDtypeStruct]:

@@ -26,7 +26,15 @@ from pgdist import cluster, files
 from pgdist.errors import ConfigError
 
 # Fields that change where and how fast a run goes, not what it computes: a run may go on with others.
-_FREE_FIELDS = ("mesh.", "checkpoint.", "data.workers", "data.max_bad_share", "model.remat", "export")
+_FREE_FIELDS = (
+    "mesh.",
+    "checkpoint.",
+    "data.workers",
+    "data.max_bad_share",
+    "model.remat",
+    "gradient_accumulation_steps",
+    "export",
+)
 
 # Fields that decide which arrays a checkpoint holds, and so whether a run can go on from it at all.
 _CHECKPOINT_FIELDS = ("init", "model.preset", "optimizer.name", "trainable")

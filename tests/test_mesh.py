@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import math
+import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -32,6 +35,7 @@ def layouts() -> dict[str, dict[str, tuple[int, ...]]]:
     ("sizes", "expected"),
     [
         ({}, (1, 8)),
+        ({"data": -1, "fsdp": -1}, (1, 8)),
         ({"data": 2}, (2, 4)),
         ({"data": 8}, (8, 1)),
         ({"data": -1, "fsdp": 4}, (2, 4)),
@@ -60,7 +64,6 @@ def test_a_mesh_can_use_some_of_the_devices():
         ({"data": -1, "fsdp": 16}, "data=-1 x fsdp=16 does not fit 8"),
         ({"data": 2, "fsdp": 2}, "data=2 x fsdp=2 does not fit 8"),
         ({"data": 4, "fsdp": 4}, "data=4 x fsdp=4 does not fit 8"),
-        ({"data": -1, "fsdp": -1}, "config.mesh: .*-1"),
         ({"data": 0}, "config.mesh.data: expected a positive number or -1"),
         ({"fsdp": -2}, "config.mesh.fsdp: expected a positive number or -1"),
     ],
@@ -70,7 +73,12 @@ def test_sizes_that_do_not_fit_are_an_error_that_says_so(sizes, expected):
         make_mesh(**sizes)
 
 
-@pytest.mark.parametrize("fsdp", [4, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize(("count", "expected"), [(1, (1, 1)), (3, (3, 1)), (4, (1, 4)), (6, (3, 2))])
+def test_sizes_left_open_split_every_array_on_any_number_of_devices(count, expected):
+    assert tuple(make_mesh(devices=jax.devices()[:count]).shape.values()) == expected
+
+
+@pytest.mark.parametrize("fsdp", [2, 4, 8, 16, 32, 64, 128])
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_what_stays_whole_of_a_published_model_is_small(preset, fsdp):
     mesh = AbstractMesh((1, fsdp), AXES)
@@ -81,6 +89,27 @@ def test_what_stays_whole_of_a_published_model_is_small(preset, fsdp):
 
     assert max(whole.values()) < MIB
     assert sum(whole.values()) < 5 * MIB < sum(bytes_of.values()) / 1000
+
+
+def documented_axes() -> dict[str, int | None]:
+    """{pattern of names: the axis in bold, None for whole} of the table in docs/placement.md."""
+    page = (Path(__file__).parents[1] / "docs" / "placement.md").read_text()
+    rows = re.findall(r"^\| ((?:`[a-z].*?`(?:, )?)+) \| (\[.*?\]|whole) \|", page, re.MULTILINE)
+    found = {}
+    for names, axes in rows:
+        bold = [axis.startswith("**") for axis in axes.strip("[]").split(", ")]
+        found |= dict.fromkeys(re.findall(r"`(.*?)`", names), bold.index(True) if any(bold) else None)
+    return found
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_the_page_on_placement_has_the_axis_of_every_array(preset):
+    mesh, documented = AbstractMesh((1, 128), AXES), documented_axes()
+
+    for name, shape in layouts()[preset].items():
+        axes = [axis for pattern, axis in documented.items() if fnmatch.fnmatch(name, pattern)]
+        spec = list(parameter_sharding(mesh, name, shape).spec)
+        assert axes == [spec.index("fsdp") if "fsdp" in spec else None], name
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))

@@ -75,7 +75,7 @@ def attend(
 
 
 def resolve(implementation: str, length: int) -> str:
-    """The one that "auto" stands for at `length` queries, of those that XLA may partition; others stand for themselves."""
+    """What "auto" stands for at `length` queries, of those that XLA may partition; others stand for themselves."""
     if implementation != "auto":
         return implementation
     return "plain" if length < _LONG else "chunked"

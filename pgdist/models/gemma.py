@@ -14,8 +14,8 @@ import dataclasses
 import flax.linen as nn
 import flax.struct
 import jax
-from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from pgdist.models.attention import Visibility, attend, resolve, softcap

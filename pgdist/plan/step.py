@@ -13,6 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from pgdist.errors import ConfigError
+from pgdist.parameter_table import warn_of_replication
 from pgdist.parts import Parts
 from pgdist.plan.program import Program, read_program
 from pgdist.plan.topologies import Chip, chip_of
@@ -71,6 +72,7 @@ def compile_train_step(
     Raises ConfigError where the step does not fit the devices' memory, with what the compiler says of it.
     """
     parts = Parts(config, devices=devices)
+    warn_of_replication(parts.parameter_table, fsdp=parts.mesh.shape["fsdp"])
     inputs = parts.step_inputs()
     started = time.perf_counter()
     try:
@@ -79,8 +81,8 @@ def compile_train_step(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise ConfigError(
-            f"The step does not fit: {_first_sentence(error)} Use a smaller config.batch_size, "
-            "config.model.remat=full, or more devices."
+            f"The step does not fit: {_first_sentence(error)} Use config.model.remat=full, a "
+            "larger config.gradient_accumulation_steps, a smaller config.batch_size, or more devices."
         ) from error
     memory = compiled.memory_analysis()
     device = parts.mesh.devices.flat[0]

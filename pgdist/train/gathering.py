@@ -22,6 +22,7 @@ from pgdist.mesh import AXES
 from pgdist.models.attention import PLATFORM_OF, choose
 from pgdist.models.paligemma import PaliGemma, PaliGemmaConfig
 from pgdist.parameters import flatten, map_named, merge
+from pgdist.train.accumulation import sum_over_microbatches
 from pgdist.train.collectives import sum_and_scatter
 from pgdist.train.objective import BatchLoss, batch_loss
 
@@ -102,10 +103,19 @@ class ShardedModel:
         return self._map(local, (self._specs_of(params), PartitionSpec(AXES)), PartitionSpec())(params, batch)
 
     def loss_and_gradients(
-        self, trainable: PyTree, frozen: PyTree, batch: Mapping[str, jax.Array], **how: Any
+        self,
+        trainable: PyTree,
+        frozen: PyTree,
+        batch: Mapping[str, jax.Array],
+        *,
+        accumulation_steps: int = 1,
+        **how: Any,
     ) -> tuple[jax.Array, BatchLoss, PyTree]:
         """(mean loss over the unmasked examples of the global batch, its sums, gradients of `trainable`), each
         gradient where its parameter lives.
+
+        accumulation_steps: microbatches that each device computes its rows in. Each gathers every layer's weights and
+        reduces and scatters its gradients, so that never more than one layer is whole.
         """
         specs = self._specs_of(trainable)
         trains_table = _EMBEDDING in flatten(trainable)
@@ -115,12 +125,17 @@ class ShardedModel:
         ) -> tuple[jax.Array, BatchLoss, PyTree]:
             examples = jnp.maximum(1.0, jax.lax.psum(jnp.sum(batch["weight"]), AXES))
 
-            def share_of_loss(trainable: PyTree) -> tuple[jax.Array, BatchLoss]:
+            def share_of_loss(
+                trainable: PyTree, rows: Mapping[str, jax.Array]
+            ) -> tuple[jax.Array, BatchLoss]:
                 params = merge(trainable, frozen)
-                sums = self._local_loss(params, batch, trains_table=trains_table, **how)
+                sums = self._local_loss(params, rows, trains_table=trains_table, **how)
                 return sums.loss / examples, sums
 
-            (loss, sums), gradients = jax.value_and_grad(share_of_loss, has_aux=True)(trainable)
+            value_and_gradients = jax.value_and_grad(share_of_loss, has_aux=True)
+            (loss, sums), gradients = sum_over_microbatches(
+                value_and_gradients, trainable, batch, steps=accumulation_steps
+            )
             return *jax.lax.psum((loss, sums), AXES), gradients
 
         in_specs = (specs, self._specs_of(frozen), PartitionSpec(AXES))

@@ -38,10 +38,12 @@ def make_train_step(
     max_scored_positions: int = 0,
     label_smoothing: float = 0.0,
     attention: str = "auto",
+    accumulation_steps: int = 1,
 ) -> TrainStep:
     """step(state, frozen, batch) -> (state, metrics); the state is donated, frozen parameters are only read.
 
-    parameters: where each parameter lives, trainable and frozen, by name.
+    parameters: where each parameter lives, trainable and frozen, by name.  accumulation_steps: microbatches that the
+    batch is computed in, see `accumulation`.
 
     Metrics are float32[]: loss (mean over examples, nats), grad_norm (before clipping), relative_rate (of
     the schedule), examples and tokens (unmasked rows and their scored tokens), truncated (rows whose text
@@ -57,6 +59,7 @@ def make_train_step(
             batch,
             max_scored_positions=max_scored_positions,
             label_smoothing=label_smoothing,
+            accumulation_steps=accumulation_steps,
         )
         grad_norm = optax.tree.norm(gradients)
         rate = schedule(state.step)

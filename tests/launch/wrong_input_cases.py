@@ -177,11 +177,6 @@ CONFIG = {
         2,
         r"config.mesh: data=4 x fsdp=1 does not fit 2 device\(s\): their product must be 2. Set one",
     ),
-    "both axes of the mesh open": Case(
-        TRAIN + " --config.mesh.data=-1",
-        2,
-        r"config.mesh: data and fsdp are both -1 .*: give one of them a number",
-    ),
     "rule that matches nothing": Case(
         TRAIN + " --config.trainable=\"(('llm/layers/attention/.*', 1.0), ('.*', 0.0))\"",
         2,

@@ -47,7 +47,12 @@ class Training:
 
 
 def small_training(
-    mesh: Mesh, *, optimizer: str = "sgd", learning_rate: float = 0.01, model: PaliGemmaConfig = CONFIG
+    mesh: Mesh,
+    *,
+    optimizer: str = "sgd",
+    learning_rate: float = 0.01,
+    model: PaliGemmaConfig = CONFIG,
+    accumulation_steps: int = 1,
 ) -> Training:
     """All parameters train, in float32, with the cosine schedule."""
     config = default_config()
@@ -63,6 +68,7 @@ def small_training(
         mesh=mesh,
         shardings=shardings,
         parameters=placement,
+        accumulation_steps=accumulation_steps,
     )
     return Training(step=step, shardings=shardings, optimizer=transformation, mesh=mesh, model=model)
 
