@@ -80,7 +80,7 @@ class Loop:
         heartbeat.beat("compiling", step=first)
         for step in range(first, self.total_steps):
             done = step + 1
-            with self.profiler.step(done, drain=log.flush):
+            with self.profiler.step(done, drain=log.wait):
                 batch = self._next_batch(log, wishes_to_stop=self.should_stop(step))
                 state = self._dispatch(step, state, batch, log, is_first=step == first)
             if log.stop_is_voted and done < self.total_steps:
@@ -149,12 +149,21 @@ class Loop:
         heartbeat.beat("stepping")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Pending:
+    """A step that was handed over and whose metrics nobody has read.  step: updates made before it."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    on_device: StepOnDevice
+
+
 class _StepLog:
     """The metrics of the step before, waiting to be read while the device works on the next one."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
-        self._pending: tuple[int, dict[str, jax.Array], StepOnDevice] | None = None
+        self._pending: _Pending | None = None
         self._bad_steps = 0
         self._told_of_truncation = False
         peak = peak_flops(loop.mesh.devices.flat[0])
@@ -169,16 +178,23 @@ class _StepLog:
         """
         on_device = self.clock.hand_over(metrics, at=handed_over)
         self.flush()
-        self._pending = step, metrics, on_device
+        self._pending = _Pending(step=step, metrics=metrics, on_device=on_device)
+
+    def wait(self) -> None:
+        """Waits for what is pending. It is not read: process 0, which profiles, would learn earlier of a vote to stop
+        than the others.
+        """
+        if self._pending is not None:
+            self._pending.on_device.ended.result()
 
     def flush(self) -> None:
         """Reads what is pending, which waits for that step; writes it and judges it."""
         if self._pending is None:
             return
-        step, metrics, on_device = self._pending
-        self._pending = None
-        times = self.clock.read(on_device)
-        found = {name: float(np.asarray(value)) for name, value in metrics.items()}
+        pending, self._pending = self._pending, None
+        step = pending.step
+        times = self.clock.read(pending.on_device)
+        found = {name: float(np.asarray(value)) for name, value in pending.metrics.items()}
         heartbeat.beat("stepping", step=step + 1)
         self.stop_is_voted |= found["stop"] > 0
         self._loop.writer.write(step + 1, self._describe(found, times))

@@ -42,8 +42,8 @@ def parse_profiled_steps(text: str) -> ProfiledSteps:
     match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
     if not match or int(match[1]) < 1 or int(match[2]) < 1:
         raise ConfigError(
-            f"--profile={text}: expected STEP:COUNT, two whole numbers of at least 1, such as 10:3 for the steps 10, 11 "
-            "and 12."
+            f"--profile={text}: expected STEP:COUNT, two whole numbers of at least 1, such as 10:3 for the steps 10, "
+            "11 and 12."
         )
     return ProfiledSteps(first=int(match[1]), count=int(match[2]))
 

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import re
 import shutil
 
 import pytest
