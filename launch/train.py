@@ -26,6 +26,11 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, report.")
 _FORK = flags.DEFINE_bool("fork", False, "Go on in a workdir that a run of another config began.")
+_PROFILE = flags.DEFINE_string(
+    "profile",
+    None,
+    "STEP:COUNT: trace so many steps into WORKDIR/profile, for xprof, TensorBoard and Perfetto.",
+)
 _COMPILE_ONLY = flags.DEFINE_bool(
     "compile_only", False, "Compile the step and say what it costs; no data, no weights, no workdir."
 )
@@ -41,6 +46,8 @@ _DUMP = flags.DEFINE_string(
 def main() -> None:
     """Reads the flags, joins the job, trains."""
     if _COMPILE_ONLY.value:
+        if _PROFILE.value is not None:
+            raise ConfigError("--profile is for steps that run; --compile_only runs none")
         _compile()
         return
     if _TOPOLOGY.value or _DUMP.value:
@@ -52,9 +59,17 @@ def main() -> None:
         membership.join_job()
         from pgdist import cluster
         from pgdist.finetune import finetune
+        from pgdist.train.profile import parse_profiled_steps
 
+        profile = None if _PROFILE.value is None else parse_profiled_steps(_PROFILE.value)
         try:
-            finetune(_CONFIG.value, workdir=_WORKDIR.value, should_stop=stop.is_wanted, fork=_FORK.value)
+            finetune(
+                _CONFIG.value,
+                workdir=_WORKDIR.value,
+                should_stop=stop.is_wanted,
+                fork=_FORK.value,
+                profile=profile,
+            )
         except Preempted:
             cluster.leave()  # all stop at the same step: nobody may go while another still writes
             raise

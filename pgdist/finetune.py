@@ -29,6 +29,7 @@ from pgdist.parameters import flatten, merge
 from pgdist.stop import StopVoted
 from pgdist.telemetry import MetricWriter
 from pgdist.train.loop import Loop
+from pgdist.train.profile import ProfiledSteps
 from pgdist.train.state import TrainState
 from pgdist.workdir import Workdir
 
@@ -53,20 +54,23 @@ def finetune(
     fork: bool = False,
     writers: Sequence[MetricWriter] = (),
     devices: Sequence[jax.Device] | None = None,
+    profile: ProfiledSteps | None = None,
 ) -> Finetuned:
     """Fine-tunes as the config says, going on from the newest checkpoint in `workdir` if there is one.
 
     config: see `pgdist.config.default_config`.  should_stop: asked before each update, with the number made, and
     while evaluating; True in any process saves after the same update in all, and raises Preempted.
     fork: go on in a workdir that another config began.  writers: take the metrics beside metrics.jsonl and
-    TensorBoard.  devices: those to use; all by default.
+    TensorBoard.  devices: those to use; all by default.  profile: steps of which process 0 takes a trace.
     All processes of a job call this together. Raises UserError subclasses for what its user can mend.
     """
     heartbeat.beat("loading")
     validate_config(config)
+    if profile is not None:
+        profile.check(config.steps)
     health.check(config)
     with Workdir(workdir) as folder:
-        job = Job(config, folder, devices=devices)
+        job = Job(config, folder, devices=devices, profile=profile)
         return _finetune(job, should_stop=should_stop, fork=fork, writers=writers)
 
 
@@ -108,7 +112,11 @@ def _train(
 ) -> Finetuned:
     config, first = job.config, int(state.step)
     found: dict[str, float] = {}
-    with contextlib.closing(job.open_writers(first, writers)) as writer, job.open_batches(first) as batches:
+    with (
+        contextlib.closing(job.open_writers(first, writers)) as writer,
+        contextlib.closing(job.open_profiler()) as profiler,
+        job.open_batches(first) as batches,
+    ):
 
         def evaluate(step: int, state: TrainState) -> dict[str, float]:
             def before_batch() -> None:
@@ -134,6 +142,7 @@ def _train(
             total_steps=config.steps,
             base_learning_rate=config.optimizer.learning_rate,
             sequence_length=job.model.config.image.num_tokens + config.data.text_length - 1,
+            flops_per_example=job.parts.flops_per_example,
             writer=writer,
             checkpoints=checkpoints,
             checkpoint_every=config.checkpoint.every,
@@ -148,8 +157,13 @@ def _train(
                 first_row=first * config.batch_size,
             ),
             patience=config.patience,
+            profiler=profiler,
         )
-        state = loop.run(state)
+        writer.write(first, {"time/loading_seconds": job.seconds_since_start()})
+        try:
+            state = loop.run(state)
+        finally:
+            job.log_timing()
     heartbeat.beat("finishing")
     params = merge(state.trainable, frozen)
     if config.export:

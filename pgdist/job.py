@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from pgdist.models.presets import preset_layouts
 from pgdist.parameter_table import format_table, warn_of_replication
 from pgdist.parameters import flatten, unflatten
 from pgdist.parts import Parts
-from pgdist.report import write_report
+from pgdist.report import describe_timing, load_run, write_report
 from pgdist.report.examples import describe_examples
 from pgdist.telemetry import (
     JsonlWriter,
@@ -38,6 +39,7 @@ from pgdist.telemetry import (
     ProgressBar,
     TensorBoardWriter,
 )
+from pgdist.train.profile import NoProfiler, ProfiledSteps, Profiler
 from pgdist.train.state import TrainState, init_state
 from pgdist.train.step import make_validation_step
 from pgdist.workdir import Workdir, write_json, write_jsonl
@@ -54,8 +56,15 @@ class Job:
     """The parts of a run that its config alone decides."""
 
     def __init__(
-        self, config: ConfigDict, workdir: Workdir, *, devices: Sequence[jax.Device] | None = None
+        self,
+        config: ConfigDict,
+        workdir: Workdir,
+        *,
+        devices: Sequence[jax.Device] | None = None,
+        profile: ProfiledSteps | None = None,
     ) -> None:
+        self._started = time.perf_counter()
+        self._profile = profile
         self.config = config
         self.workdir = workdir
         self.tokenizer = Tokenizer(hub.fetch_file(config.tokenizer, field="config.tokenizer"))
@@ -135,6 +144,16 @@ class Job:
             ]
         )
 
+    def open_profiler(self) -> Profiler | NoProfiler:
+        """Of the steps that were asked for, on process 0: the others' steps are the same program."""
+        if self._profile is None or not cluster.is_primary():
+            return NoProfiler()
+        return Profiler(self._profile, self.workdir.profile)
+
+    def seconds_since_start(self) -> float:
+        """Wall time since this object began to be made."""
+        return time.perf_counter() - self._started
+
     def must_evaluate_first(self, step: int) -> bool:
         """Whether the state that a run starts from is to be evaluated: at both ends, and where the run before
         stopped between a save and the evaluation that was due.
@@ -212,6 +231,11 @@ class Job:
         with self.open_batches(0) as batches:
             batch = next(batches)
         write_jsonl(self.workdir.examples, describe_examples(batch, self.tokenizer, limit=_SHOWN_EXAMPLES))
+
+    def log_timing(self) -> None:
+        """Where the run's time went, as the report shows it."""
+        if cluster.is_primary():
+            logging.info("%s", describe_timing(load_run(self.workdir.path)))
 
     def write_report(self) -> None:
         """report.html, by process 0; a full disk costs the report, not the run."""

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from pgdist import weights
 from pgdist.config import FLOAT_DTYPES, model_config
 from pgdist.mesh import batch_sharding, check_batch_size, make_mesh, parameter_shardings
+from pgdist.models.flops import training_flops
 from pgdist.models.paligemma import PaliGemma, parameter_shapes
 from pgdist.parameter_table import describe_parameters
 from pgdist.parameters import flatten, learning_rate_scales, unflatten
@@ -58,6 +59,12 @@ class Parts:
         self.scales = learning_rate_scales(self.shapes, config.trainable)
         self.shardings: Mapping[str, NamedSharding] = parameter_shardings(self.mesh, self.shapes)
         trained = {name for name, scale in self.scales.items() if scale}
+        self.flops_per_example = training_flops(
+            self.model.config,
+            text_length=config.data.text_length,
+            max_scored_positions=config.data.max_scored_positions,
+            trainable=trained,
+        )
         self.decayed = decayed_names(trained, config)
         self.optimizer = make_optimizer(config, scales=self.scales, decayed=self.decayed)
         self.parameter_table = describe_parameters(

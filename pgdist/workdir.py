@@ -2,7 +2,7 @@
 
     config.json data.json env.json parameters.json     what ran, on what
     metrics.jsonl tb/ examples.jsonl predictions/ report.html     what to look at
-    checkpoints/ model.npz bad_records.jsonl
+    checkpoints/ model.npz bad_records.jsonl profile/
 
 Process 0 writes what a job has only one of. In a bucket (gs://...) checkpoints are written there; the rest is
 written to a local folder, from which each process copies what it has written (`pgdist.files`).
@@ -40,7 +40,15 @@ _FREE_FIELDS = (
 _CHECKPOINT_FIELDS = ("init", "model.preset", "optimizer.name", "trainable")
 
 # In a bucket these are not copied here when a run goes on: they are large, or others' affair.
-_NOT_FETCHED = ("checkpoints", "checkpoints_damaged", "model.npz", "logs", "attempts", "compilation_cache")
+_NOT_FETCHED = (
+    "checkpoints",
+    "checkpoints_damaged",
+    "model.npz",
+    "profile",
+    "logs",
+    "attempts",
+    "compilation_cache",
+)
 
 
 class Workdir:
@@ -63,6 +71,7 @@ class Workdir:
         self.checkpoints = (files.folder(path) if files.is_url(path) else self.path) / "checkpoints"
         self.model = self.path / "model.npz"
         self.data = self.path / "data.json"
+        self.profile = self.path / "profile"
 
     def __enter__(self) -> Workdir:
         return self

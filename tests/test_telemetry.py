@@ -180,6 +180,20 @@ def test_without_a_terminal_there_is_a_line_now_and_then():
     assert "\x1b" not in stream.getvalue() and "\r" not in stream.getvalue()
 
 
+def test_what_is_written_before_the_first_step_gives_no_line_and_utilisation_is_shown_where_it_is_known():
+    stream, clock = io.StringIO(), Clock()
+    bar = telemetry.ProgressBar(3, 0, stream=stream, line_interval=0.0, clock=clock)
+    bar.write(0, {"time/loading_seconds": 100.0})
+    clock.now += 100.0  # compiling is no measure of the steps to come
+    for step in (1, 2):
+        clock.now += 2.0
+        bar.write(step, {"train/loss": 1.0, "train/mfu": 0.6125})
+    assert stream.getvalue().splitlines() == [
+        "step 1/3  loss 1.0000  MFU 61.3%  ETA -:--:--",
+        "step 2/3  loss 1.0000  MFU 61.3%  ETA 0:00:02",
+    ]
+
+
 def test_evaluations_and_the_last_step_of_a_run_cut_short_are_said():
     stream, clock = io.StringIO(), Clock()
     bar = telemetry.ProgressBar(20, 10, stream=stream, clock=clock)

@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from pgdist.plan.topologies import Chip
+from pgdist.chips import Chip
 
 KERNEL_EFFICIENCY = 0.45  # share of the bfloat16 peak at which attention kernels are charged
 _LARGEST_ESTIMATE = 2**50  # cycles; the compiler writes 2^63 - 1 where it has none

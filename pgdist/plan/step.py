@@ -12,11 +12,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from pgdist.chips import Chip, chip_of
 from pgdist.errors import ConfigError
 from pgdist.parameter_table import warn_of_replication
 from pgdist.parts import Parts
 from pgdist.plan.program import Program, read_program
-from pgdist.plan.topologies import Chip, chip_of
 
 _DUMP, _SUMMARY = "train_step.txt", "train_step.json"
 _GIB = 2**30

@@ -7,5 +7,6 @@ says so. `load_run` gives the same files to whoever wants to look at them otherw
 from pgdist.report.data import load_run
 from pgdist.report.picture_table import picture_table
 from pgdist.report.render import write_report
+from pgdist.report.timing import describe_timing
 
-__all__ = ["load_run", "picture_table", "write_report"]
+__all__ = ["describe_timing", "load_run", "picture_table", "write_report"]

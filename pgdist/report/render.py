@@ -222,6 +222,7 @@ def draw_speed_charts(metrics: Metrics) -> list[Markup]:
     charts = [
         _single(metrics, "train/examples_per_second", title="Examples per second", color=1),
         _single(metrics, "train/tokens_per_second", title="Tokens per second", color=3),
+        _single(metrics, "train/mfu", title="Model FLOPs utilisation", color=4),
     ]
     return [chart for chart in charts if chart]
 

@@ -18,7 +18,7 @@ from absl import logging
 
 
 class ProgressBar:
-    """Shows step, loss, examples/s, tokens/s and the time left.
+    """Shows step, loss, examples/s, tokens/s, MFU where it is known, and the time left.
 
     stream: None is stderr.  line_interval: seconds between two lines where there is no terminal.
     clock: monotonic seconds.
@@ -48,11 +48,12 @@ class ProgressBar:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._step = max(self._step, int(step))
-        if self._first is None:
-            # The rate counts from the end of the first step: compiling it took longer than any other will.
-            self._first = (self._step, self._clock())
         self._latest.update((name, float(value)) for name, value in metrics.items())
-        self._display.show(self._step, self._status())
+        if "train/loss" in metrics:
+            if self._first is None:
+                # The rate counts from the end of the first step: compiling it took longer than any other will.
+                self._first = (self._step, self._clock())
+            self._display.show(self._step, self._status())
         evaluated = {name: float(value) for name, value in metrics.items() if name.startswith("validation/")}
         if evaluated:
             self._display.note(f"step {step}: validation " + _join_values(evaluated))
@@ -61,7 +62,7 @@ class ProgressBar:
         self._display.close(self._step, self._status())
 
     def _status(self) -> str:
-        """What follows the step count: "loss 0.8123  41.0 examples/s  5,248 tokens/s  ETA 0:01:40"."""
+        """What follows the step count: "loss 0.8123  41.0 examples/s  5,248 tokens/s  MFU 61.3%  ETA 0:01:40"."""
         parts = []
         if "train/loss" in self._latest:
             parts.append(f"loss {self._latest['train/loss']:.4f}")
@@ -69,6 +70,8 @@ class ProgressBar:
             parts.append(f"{self._latest['train/examples_per_second']:,.1f} examples/s")
         if "train/tokens_per_second" in self._latest:
             parts.append(f"{self._latest['train/tokens_per_second']:,.0f} tokens/s")
+        if "train/mfu" in self._latest:
+            parts.append(f"MFU {self._latest['train/mfu']:.1%}")
         parts.append(f"ETA {self._time_left()}")
         return "  ".join(parts)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -18,14 +18,17 @@ from jax.sharding import Mesh
 
 from pgdist import cluster, heartbeat
 from pgdist.checkpoint import Checkpoints
+from pgdist.chips import peak_flops
 from pgdist.data.bad_records import BadRecordLog, BadShare
 from pgdist.data.loader import HostBatch
 from pgdist.errors import DivergedError, Preempted
 from pgdist.mesh import batch_sharding, put_batch
 from pgdist.stop import StopVoted
 from pgdist.telemetry import MetricWriter
+from pgdist.train.profile import NoProfiler, Profiler
 from pgdist.train.state import TrainState
 from pgdist.train.step import TrainStep
+from pgdist.train.step_clock import StepClock, StepOnDevice, StepTimes
 
 PyTree = Any
 
@@ -37,7 +40,8 @@ class Loop:
     batches: this process's rows of each step from `state.step` on.  evaluate: called with (updates made,
     state); returns metrics, or raises StopVoted in all processes.  should_stop: asked before every update with
     the number made, in each process for itself: one True anywhere stops all after the same update, the one
-    after the next.  sequence_length: tokens that the decoder reads an example, image and text.
+    after the next.  sequence_length: tokens that the decoder reads an example, image and text.  flops_per_example:
+    of the model, see `pgdist.models.flops`.
     """
 
     step: TrainStep
@@ -48,6 +52,7 @@ class Loop:
     total_steps: int
     base_learning_rate: float
     sequence_length: int
+    flops_per_example: float
     writer: MetricWriter
     checkpoints: Checkpoints
     checkpoint_every: int
@@ -58,6 +63,7 @@ class Loop:
     bad_records: BadRecordLog
     bad_share: BadShare
     patience: int
+    profiler: Profiler | NoProfiler
 
     def run(self, state: TrainState) -> TrainState:
         """Trains to `total_steps` updates; returns the last state.
@@ -73,10 +79,10 @@ class Loop:
             self._evaluate(first, state, log)
         heartbeat.beat("compiling", step=first)
         for step in range(first, self.total_steps):
-            batch = self._next_batch(log, wishes_to_stop=self.should_stop(step))
-            state, metrics = self.step(state, self.frozen, batch)
-            log.add(step, metrics)
             done = step + 1
+            with self.profiler.step(done, drain=log.wait):
+                batch = self._next_batch(log, wishes_to_stop=self.should_stop(step))
+                state = self._dispatch(step, state, batch, log, is_first=step == first)
             if log.stop_is_voted and done < self.total_steps:
                 self._stop(done, state, log)
             if done % self.checkpoint_every == 0 or done == self.total_steps:
@@ -89,10 +95,22 @@ class Loop:
                 self._evaluate(done, state, log)
         return state
 
+    def _dispatch(
+        self, step: int, state: TrainState, batch: dict[str, jax.Array], log: _StepLog, *, is_first: bool
+    ) -> TrainState:
+        """Hands a step to the device; the first one of a run is compiled before that."""
+        handed_over = time.perf_counter()
+        state, metrics = self.step(state, self.frozen, batch)
+        if is_first:
+            started, handed_over = handed_over, time.perf_counter()
+            log.clock.exclude(handed_over - started)
+            self.writer.write(step, {"time/compile_seconds": handed_over - started})
+        log.add(step, metrics, handed_over=handed_over)
+        return state
+
     def _next_batch(self, log: _StepLog, *, wishes_to_stop: bool) -> dict[str, jax.Array]:
-        started = time.perf_counter()
-        batch = next(self.batches)
-        log.data_wait_seconds += time.perf_counter() - started
+        with log.clock.waiting_for_data():
+            batch = next(self.batches)
         for record in self.bad_records.add(batch.bad):
             logging.warning("Bad record, its row is masked: %s", record)
         arrays = {name: array for name, array in batch.arrays.items() if name != "index"}
@@ -107,7 +125,7 @@ class Loop:
         except StopVoted:
             self._stop(step, state, log)
         seconds = time.perf_counter() - started
-        log.exclude(seconds)
+        log.clock.exclude(seconds)
         self.writer.write(step, found | {"time/evaluation_seconds": seconds})
         heartbeat.beat("stepping")
 
@@ -126,9 +144,18 @@ class Loop:
         started = time.perf_counter()
         self.checkpoints.save(step, state)
         seconds = time.perf_counter() - started
-        log.exclude(seconds)
+        log.clock.exclude(seconds)
         self.writer.write(step, {"time/checkpoint_seconds": seconds})
         heartbeat.beat("stepping")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Pending:
+    """A step that was handed over and whose metrics nobody has read.  step: updates made before it."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    on_device: StepOnDevice
 
 
 class _StepLog:
@@ -136,51 +163,65 @@ class _StepLog:
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._pending: _Pending | None = None
         self._bad_steps = 0
         self._told_of_truncation = False
-        self._last_read = time.perf_counter()
-        self.data_wait_seconds = 0.0
+        peak = peak_flops(loop.mesh.devices.flat[0])
+        self._peak_flops = None if peak is None else peak * loop.mesh.size
+        self.clock = StepClock()
         self.stop_is_voted = False
 
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Queues the metrics of a step that was just dispatched and reads those of the one before."""
-        self.flush()
-        self._pending = step, metrics
+    def add(self, step: int, metrics: dict[str, jax.Array], *, handed_over: float) -> None:
+        """Queues the metrics of a step that was just dispatched and reads those of the one before.
 
-    def exclude(self, seconds: float) -> None:
-        """Takes time that was no training out of the next step's duration."""
-        self._last_read += seconds
+        handed_over: when it was dispatched, by the clock.
+        """
+        on_device = self.clock.hand_over(metrics, at=handed_over)
+        self.flush()
+        self._pending = _Pending(step=step, metrics=metrics, on_device=on_device)
+
+    def wait(self) -> None:
+        """Waits for what is pending. It is not read: process 0, which profiles, would learn earlier of a vote to stop
+        than the others.
+        """
+        if self._pending is not None:
+            self._pending.on_device.ended.result()
 
     def flush(self) -> None:
         """Reads what is pending, which waits for that step; writes it and judges it."""
         if self._pending is None:
             return
-        step, metrics = self._pending
-        self._pending = None
-        found = {name: float(np.asarray(value)) for name, value in metrics.items()}
+        pending, self._pending = self._pending, None
+        step = pending.step
+        times = self.clock.read(pending.on_device)
+        found = {name: float(np.asarray(value)) for name, value in pending.metrics.items()}
         heartbeat.beat("stepping", step=step + 1)
         self.stop_is_voted |= found["stop"] > 0
-        now = time.perf_counter()
-        seconds, self._last_read = now - self._last_read, now
-        # The parts of the time since the last step do not overlap: waiting for data is told apart from
-        # stepping.
-        waited, self.data_wait_seconds = self.data_wait_seconds, 0.0
-        times = {"time/step_seconds": seconds - waited, "time/data_wait_seconds": waited}
-        self._loop.writer.write(step + 1, self._describe(found, seconds) | times)
+        self._loop.writer.write(step + 1, self._describe(found, times))
         self._judge(step, found)
 
-    def _describe(self, found: dict[str, float], seconds: float) -> dict[str, float]:
+    def _describe(self, found: dict[str, float], times: StepTimes) -> dict[str, float]:
         loop = self._loop
-        return {
+        examples_per_second = found["examples"] / times.total
+        tokens_per_second = examples_per_second * loop.sequence_length
+        described = {
             "train/loss": found["loss"],
             "train/learning_rate": found["relative_rate"] * loop.base_learning_rate,
             "train/grad_norm": found["grad_norm"],
-            "train/examples_per_second": found["examples"] / seconds,
-            "train/tokens_per_second": found["examples"] * loop.sequence_length / seconds,
+            "train/examples_per_second": examples_per_second,
+            "train/tokens_per_second": tokens_per_second,
+            "train/tokens_per_second_per_device": tokens_per_second / loop.mesh.size,
             "train/masked_rows": loop.batch_size - found["examples"],
             "train/truncated_rows": found["truncated"],
+            "time/step_seconds": times.device,
+            "time/data_wait_seconds": times.data,
+            "time/host_wait_seconds": times.host,
         }
+        if self._peak_flops is not None:
+            described["train/mfu"] = examples_per_second * loop.flops_per_example / self._peak_flops
+        if (peak := _peak_memory(loop.mesh.local_devices)) is not None:
+            described["memory/peak_bytes"] = peak
+        return described
 
     def _judge(self, step: int, found: dict[str, float]) -> None:
         loop = self._loop
@@ -209,3 +250,9 @@ class _StepLog:
                 "config.optimizer.learning_rate or set config.optimizer.clip_norm, and start again from the "
                 "last checkpoint."
             )
+
+
+def _peak_memory(devices: Sequence[jax.Device]) -> int | None:
+    """The most bytes that one of the devices has held since the process began; None where they do not tell."""
+    found = [device.memory_stats() or {} for device in devices]
+    return max((stats["peak_bytes_in_use"] for stats in found if "peak_bytes_in_use" in stats), default=None)

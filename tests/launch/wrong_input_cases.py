@@ -44,6 +44,16 @@ COMMAND_LINE = {
     "half a step": Case(
         TRAIN + " --config.steps=1.5", 2, r"--config.steps: expected a whole number, found '1.5'"
     ),
+    "profile without numbers": Case(
+        TRAIN + " --profile=abc", 2, r"--profile=abc: expected STEP:COUNT.*such as 10:3"
+    ),
+    "profile of no step": Case(TRAIN + " --profile=3:0", 2, r"--profile=3:0: .*whole numbers of at least 1"),
+    "profile beyond the end": Case(
+        TRAIN + " --profile=10000:1", 2, r"--profile=10000:1: .*found step 10000 of \d+ \(config.steps\)"
+    ),
+    "profile of what does not run": Case(
+        "train --config=config.py --compile_only --profile=3:2", 2, r"--profile is for steps that run"
+    ),
     "no devices": Case(TRAIN + " --fake_devices=0", 2, r"--fake_devices=0: 0 is not a positive integer"),
     "coordinator without port": Case(
         TRAIN + " --coordinator=localhost --num_processes=2 --process_id=0",

@@ -121,6 +121,10 @@ def _training_metrics(step: int) -> dict[str, float]:
         "train/truncated_rows": 0,
         "time/step_seconds": 6.0 if step == 1 else 0.195 - 0.01 * noise,
         "time/data_wait_seconds": 0.004,
+        "time/host_wait_seconds": 0.001,
+        "train/tokens_per_second_per_device": (41 + 3 * noise) * 16,
+        "train/mfu": 0.583 + 0.01 * noise,
+        "memory/peak_bytes": int(12.5 * 2**30),
         "time/checkpoint_seconds": 0.05 if step % 16 == 0 else 0.0,
     }
 

@@ -96,6 +96,9 @@ def test_the_page_tells_the_run(workdir):
         "a green triangle left of a yellow circle",
         "<pad> × 20",
         "training steps",
+        "goodput: training steps of all",
+        "model FLOPs utilisation, MFU (median) 58.3 %",
+        "memory of a device (most) 12.5 GiB",
         "images/a.png: the file is empty",
         "llm/layers/attn/q_einsum/w",
         "12,288 6.2 % 48.0 KiB",
@@ -104,7 +107,7 @@ def test_the_page_tells_the_run(workdir):
     ):
         assert told in page.text, told
     assert page.notes == 0
-    assert page.tags["svg"] == 6
+    assert page.tags["svg"] == 7
     assert page.classes["right"] == 6 and page.classes["wrong"] == 14  # of 4 examples at 5 steps
 
 
@@ -254,7 +257,7 @@ def test_a_torn_last_line_is_ignored_and_an_unreadable_one_inside_is_told(workdi
     path.write_text("".join([*lines[:4], "oops\n", *lines[4:]]))
     page = Page(write_report(workdir))
     assert "metrics.jsonl: 1 unreadable lines were left out, the first is line 5." in page.text
-    assert page.tags["svg"] == 6
+    assert page.tags["svg"] == 7
 
 
 def test_a_run_cut_short_and_a_loss_that_is_not_finite_are_said_first(workdir):

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -17,7 +18,7 @@ from pgdist.report import formats
 from pgdist.report.charts import MOST_POINTS, Line, line_chart
 from pgdist.report.data import Evaluation, Example, Metrics, load_run
 from pgdist.report.predictions import build_grid, choose_evaluations, compare_words
-from pgdist.report.timing import run_seconds, summarize_timing
+from pgdist.report.timing import describe_timing, run_seconds, summarize_timing
 from pgdist.report.tokens import describe_tokens
 
 
@@ -144,12 +145,29 @@ def test_shares_of_time_sum_to_all_of_it(workdir):
     assert {share.name: share.seconds for share in timing.shares} == {
         "training steps": 7.0,
         "waiting for data": 1.0,
-        "other": 2.0,
+        "other": 8.0,
     }
-    assert timing.total == 10.0 and sum(share.share for share in timing.shares) == pytest.approx(1)
+    # 10 seconds between the lines, and 6 of the first step before its line.
+    assert timing.total == 16.0 and timing.goodput == 7 / 16
+    assert sum(share.share for share in timing.shares) == pytest.approx(1)
     assert timing.examples_per_second == 8.0 and timing.tokens_per_second is None
-    assert run_seconds(metrics) == 10.0
+    assert run_seconds(metrics) == 16.0
     assert run_seconds(load_run(workdir).metrics) > 6
+
+
+def test_the_log_gets_the_shares_largest_first_and_what_is_known_of_the_devices(workdir):
+    line = describe_timing(load_run(workdir))
+    assert re.fullmatch(
+        r"Time: .*: training steps [\d.]+ %, evaluation [\d.]+ %, .*\. MFU 58\.3 % in the median step\. "
+        r"Memory of a device: 12\.5 GiB at most\.",
+        line,
+    )
+
+
+def test_what_no_device_told_is_left_out(tmp_path):
+    assert describe_timing(load_run(tmp_path)) == "Time: nothing was measured."
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 5.0, "time/step_seconds": 2.0}\n')
+    assert describe_timing(load_run(tmp_path)) == "Time: 2.0 s: training steps 100.0 %."
 
 
 def test_a_chart_of_a_long_run_is_small_and_keeps_its_extremes():

@@ -23,6 +23,7 @@ from pgdist.finetune import finetune
 from pgdist.mesh import make_mesh
 from pgdist.stop import StopVoted
 from pgdist.train.loop import Loop
+from pgdist.train.profile import NoProfiler
 from pgdist.train.state import TrainState
 from tests.tiny_runs import assert_same_bits, host, losses, read_jsonl, tiny_config, write_inputs
 from tests.train.small_training import batch_of_step, small_training
@@ -119,6 +120,7 @@ def loop(
         "total_steps": 10,
         "base_learning_rate": 0.02,
         "sequence_length": 30,
+        "flops_per_example": 1e9,
         "writer": notes,
         "checkpoints": notes,
         "checkpoint_every": 4,
@@ -129,6 +131,7 @@ def loop(
         "bad_records": BadRecordLog(tmp_path / "bad_records.jsonl"),
         "bad_share": BadShare(num_examples=100, max_share=0.1),
         "patience": 2,
+        "profiler": NoProfiler(),
     }
     return Loop(**defaults | fields)
 
@@ -178,9 +181,33 @@ def test_each_step_is_written_with_its_own_numbers(tmp_path):
         assert row["train/truncated_rows"] == step % ROWS
         assert row["train/masked_rows"] == int(step == 2)
         assert row["train/tokens_per_second"] == pytest.approx(30 * row["train/examples_per_second"])
-        assert row["time/step_seconds"] >= 0 and row["time/data_wait_seconds"] >= 0
+        assert row["train/tokens_per_second_per_device"] == row["train/tokens_per_second"]  # there is one
+        assert all(row[f"time/{name}_seconds"] >= 0 for name in ("step", "data_wait", "host_wait"))
+        assert not {"train/mfu", "memory/peak_bytes"} & row.keys()  # a CPU tells neither
     assert notes.written[5]["validation/loss"] == 1.0 and "time/evaluation_seconds" in notes.written[5]
     assert "time/checkpoint_seconds" in notes.written[8]
+    assert [step for step, row in notes.written.items() if "time/compile_seconds" in row] == [0]
+
+
+def test_where_the_peak_is_known_utilisation_is_model_flops_over_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("pgdist.train.loop.peak_flops", lambda device: 1e15)
+    notes = Notes()
+
+    loop(tmp_path, notes, flops_per_example=2e12).run(state_after(0))
+
+    for row in list(notes.written.values())[1:]:
+        assert row["train/mfu"] == pytest.approx(row["train/examples_per_second"] * 2e12 / 1e15)
+
+
+def test_the_shares_of_a_steps_time_sum_to_the_time_that_its_rate_counts(tmp_path):
+    notes = Notes()
+
+    loop(tmp_path, notes).run(state_after(0))
+
+    for step in range(1, 11):
+        row = notes.written[step]
+        seconds = sum(row[f"time/{name}_seconds"] for name in ("step", "data_wait", "host_wait"))
+        assert row["train/examples_per_second"] == pytest.approx(ROWS / seconds)
 
 
 def test_cut_texts_are_told_once(tmp_path, caplog):
