@@ -98,17 +98,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def host_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
-    """The rows of a global batch that this process's devices hold, int[rows], ascending.
-
-    Raises ConfigError when the batch does not divide by the number of devices.
-    """
-    shards = sharding.mesh.size
-    if batch_size % shards:
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Raises ConfigError when the batch does not divide by the number of devices."""
+    if batch_size % mesh.size:
         raise ConfigError(
-            f"config.batch_size={batch_size} cannot be split evenly over the {shards} devices of the mesh: "
-            f"use a multiple of {shards}."
+            f"config.batch_size={batch_size} cannot be split evenly over the {mesh.size} devices of the mesh: "
+            f"use a multiple of {mesh.size}."
         )
+
+
+def host_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+    """The rows of a global batch that this process's devices hold, int[rows], ascending; see `check_batch_size`."""
+    check_batch_size(batch_size, sharding.mesh)
     indices = sharding.addressable_devices_indices_map((batch_size,)).values()
     rows = [np.arange(batch_size)[index] for (index,) in indices]
     return np.unique(np.concatenate(rows))
