@@ -1,9 +1,10 @@
 """Looking before running: what a step costs on chips that are described and need not be here."""
 
+from pgdist.chips import Chip, chip_of
 from pgdist.plan.program import Collective, Kernel, Loop, Program, Transfer, read_program
 from pgdist.plan.step import CompiledStep, compile_train_step
 from pgdist.plan.summary import as_json, describe, open_dump, write_dump
-from pgdist.plan.topologies import Chip, chip_of, describe_devices
+from pgdist.plan.topologies import describe_devices
 
 __all__ = [
     "Chip",

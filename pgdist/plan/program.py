@@ -13,8 +13,8 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 
+from pgdist.chips import Chip
 from pgdist.plan import hlo
-from pgdist.plan.topologies import Chip
 
 KERNEL_EFFICIENCY = 0.45  # share of the bfloat16 peak at which attention kernels are charged
 

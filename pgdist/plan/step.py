@@ -10,11 +10,12 @@ from collections.abc import Sequence
 import jax
 from ml_collections import ConfigDict
 
+from pgdist.chips import Chip, chip_of
 from pgdist.errors import ConfigError
 from pgdist.mesh import check_batch_size
+from pgdist.models.flops import training_flops
 from pgdist.parts import Parts
 from pgdist.plan.program import Program, read_program
-from pgdist.plan.topologies import Chip, chip_of
 
 # What the TPU's compiler says of a program that is too large: the two figures stand in one of these.
 _TOO_LARGE = (
@@ -28,7 +29,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 class CompiledStep:
     """A step as compiled.  batch_size: rows of all devices.  seconds: that compiling took.  memory: bytes at most, of
     one device, of which `arguments` are state, weights and batch, and `temporaries` what the step makes and forgets.
-    text: the program.  chip, program: None for devices whose compiler gives no estimates.
+    flops: of the model in a step, a device's share, as MFU counts them.  text: the program.  chip, program: None for devices whose compiler gives no estimates.
     """
 
     devices: str
@@ -38,6 +39,7 @@ class CompiledStep:
     memory: int
     arguments: int
     temporaries: int
+    flops: float
     text: str
     chip: Chip | None
     program: Program | None
@@ -74,9 +76,19 @@ def compile_train_step(config: ConfigDict, *, devices: Sequence[jax.Device] | No
         memory=memory.peak_memory_in_bytes if chip else arguments + temporaries,
         arguments=arguments,
         temporaries=temporaries,
+        flops=_flops_per_example(config, parts) * config.batch_size / parts.mesh.size,
         text=text,
         chip=chip,
         program=None if chip is None else read_program(text, chip),
+    )
+
+
+def _flops_per_example(config: ConfigDict, parts: Parts) -> float:
+    return training_flops(
+        parts.model.config,
+        text_length=config.data.text_length,
+        max_scored_positions=config.data.max_scored_positions,
+        trainable=[name for name, scale in parts.scales.items() if scale],
     )
 
 

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pgdist.chips import Chip
 from pgdist.errors import ConfigError
 from pgdist.plan.program import Program
 from pgdist.plan.step import CompiledStep
-from pgdist.plan.topologies import Chip
 
 _TEXT, _SUMMARY = "train_step.txt", "train_step.json"
 _GIB = 2**30
@@ -36,6 +36,7 @@ def as_json(step: CompiledStep) -> dict[str, Any]:
         "devices": step.devices,
         "mesh": step.mesh,
         "batch_size": step.batch_size,
+        "model_flops": step.flops,
         "compiled": compiled,
     }
     if step.program is None or step.chip is None:
@@ -57,6 +58,7 @@ def as_json(step: CompiledStep) -> dict[str, Any]:
         "compute_seconds": compute,
         "link_seconds": links,
         "larger_seconds": max(compute, links),
+        "mfu": step.flops / (max(compute, links) * chip.peak),
     }
     return found
 
@@ -75,10 +77,10 @@ def describe(step: CompiledStep) -> str:
         return "\n".join(
             [*lines, f"no estimate of time: the compiler gives none for {step.devices.partition(' x ')[2]}"]
         )
-    return "\n".join([*lines, *_describe_program(step.program, step.chip)])
+    return "\n".join([*lines, *_describe_program(step.program, step.chip, step.flops)])
 
 
-def _describe_program(program: Program, chip: Chip) -> Iterator[str]:
+def _describe_program(program: Program, chip: Chip, flops: float) -> Iterator[str]:
     compute, links = _compute_seconds(program, chip), _link_seconds(program, chip)
     yield f"compiled   cycles       {program.cycles / 1e6:,.1f} M, collectives not among them"
     for kind, each in program.collectives.items():
@@ -96,7 +98,10 @@ def _describe_program(program: Program, chip: Chip) -> Iterator[str]:
         f"estimated  links        {1e3 * links:.1f} ms a step: {_sent(program) / 1e9:.3f} GB sent in rings at "
         f"{chip.link / 1e9:g} GB/s"
     )
-    yield f"estimated  the larger   {1e3 * max(compute, links):.1f} ms a step"
+    yield (
+        f"estimated  the larger   {1e3 * max(compute, links):.1f} ms a step, in which {flops / 1e12:.2f} TFLOP of the "
+        f"model are {flops / (max(compute, links) * chip.peak):.1%} MFU"
+    )
     exposed = [each for each in program.transfers if each.is_exposed]
     sent = sum(each.sent for each in exposed)
     yield (

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from pgdist.chips import Chip
 from pgdist.plan import Collective, Kernel, Loop, Program, read_program
-from pgdist.plan.topologies import Chip
 
 TEXT = (Path(__file__).parent / "small_program.txt").read_text()
 CHIP = Chip(name="v5e", clock=1.5e9, peak=197e12, memory=2**34, bandwidth=819e9, link=180e9)
