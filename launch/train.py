@@ -11,6 +11,7 @@ config, 3 bad data or weights, 4 diverged, 42 stopped with its state saved, 43 a
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from absl import flags, logging
@@ -51,7 +52,7 @@ def main() -> None:
         _compile()
         return
     if _TOPOLOGY.value or _DUMP.value:
-        raise ConfigError("--topology and --dump are for --compile_only")
+        raise ConfigError("--topology and --dump are for --compile_only.")
     entry.require("config", "workdir")
     # An agent counts the signals itself, and everybody may have been sent them.
     with StopRequest(second_ends=heartbeat.VARIABLE not in os.environ) as stop:
@@ -81,18 +82,24 @@ def main() -> None:
 def _compile() -> None:
     """Prints what the step costs, on standard output."""
     entry.require("config")
-    stdout = membership.join_job()
+    if _TOPOLOGY.value:
+        entry.simulate_devices(1)  # those of this machine, and of its job, are not asked
+        answers = sys.stdout
+    elif _SLICES.value > 1:
+        raise ConfigError("--slices is for --topology.")
+    else:
+        answers = membership.join_job()
     from pgdist import plan
     from pgdist.config import check_values
 
     check_values(_CONFIG.value)
     devices = plan.describe_devices(_TOPOLOGY.value, slices=_SLICES.value) if _TOPOLOGY.value else None
-    dump = Path(_DUMP.value) if _DUMP.value else None
-    print(
-        plan.describe(plan.compile_train_step(_CONFIG.value, devices=devices, dump=dump)),
-        file=stdout,
-        flush=True,
-    )
+    if _DUMP.value:
+        plan.open_dump(Path(_DUMP.value))
+    step = plan.compile_train_step(_CONFIG.value, devices=devices)
+    print(plan.describe(step), file=answers, flush=True)
+    if _DUMP.value:
+        plan.write_dump(step, Path(_DUMP.value))
 
 
 if __name__ == "__main__":

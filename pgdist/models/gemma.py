@@ -136,32 +136,19 @@ class Attention(nn.Module):
 
 
 @jax.custom_vjp
-def _formed(x: jax.Array) -> jax.Array:
-    """x [M, N] as it is: it and its gradient are formed once, row by row, before what needs them. TPU's compiler would
-    form a gradient again for each block of each product that it goes into, in the order that suits one of them, and
-    slow a product down by what it appends to it.
+def _with_gradient_formed(x: jax.Array) -> jax.Array:
+    """x [M, N] as it is. Its gradient is formed once, row by row, before what needs it: TPU's compiler would form it
+    again for each block of each product that it goes into, and in the order that suits one of them.
     """
-    return jax.lax.optimization_barrier(x)
+    return x
 
 
-def _formed_backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
-    gradient = with_layout_constraint(gradient, Layout(major_to_minor=(0, 1)))
-    return (jax.lax.optimization_barrier(gradient),)
+def _form_gradient(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+    row_by_row = with_layout_constraint(gradient, Layout(major_to_minor=(0, 1)))
+    return (jax.lax.optimization_barrier(row_by_row),)
 
 
-_formed.defvjp(lambda x: (_formed(x), None), _formed_backward)
-
-
-@jax.custom_vjp
-def _with_gradients_formed(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both as they are, but their gradients as those of `_formed`."""
-    return gate, up
-
-
-_with_gradients_formed.defvjp(
-    lambda gate, up: ((gate, up), None),
-    lambda _, gradients: tuple(_formed_backward(None, g)[0] for g in gradients),
-)
+_with_gradient_formed.defvjp(lambda x: (x, None), _form_gradient)
 
 
 class GatedMlp(nn.Module):
@@ -180,9 +167,9 @@ class GatedMlp(nn.Module):
         linear = self.param("linear", nn.initializers.lecun_normal(), (c.mlp_dim, c.width)).astype(x.dtype)
         shape = x.shape
         # One [B*T, D] matrix: XLA's CPU backend multiplies it faster than a batch of small ones.
-        x = _formed(x.reshape(-1, c.width))
-        gate, up = _with_gradients_formed(x @ gating[0], x @ gating[1])
-        return _formed((nn.gelu(gate, approximate=True) * up) @ linear).reshape(shape)
+        x = _with_gradient_formed(x.reshape(-1, c.width))
+        gate, up = (_with_gradient_formed(x @ gating[i]) for i in (0, 1))
+        return ((nn.gelu(gate, approximate=True) * up) @ linear).reshape(shape)
 
 
 class Block(nn.Module):

@@ -1,9 +1,9 @@
-"""Reading a compiled TPU program: the compiler's own estimate of cycles, and what the devices send to each other.
+"""What a compiled TPU program costs: the compiler's own estimate of cycles, and what the devices send to each other.
 
-The text of a compiled program (`compiled.as_text()`) has an estimate for each fusion, none for collectives and Pallas
-kernels, and no trip counts. So cycles of loops are those of their bodies times trip counts that are read off their
-conditions; collectives are counted with the bytes of their results, each channel once a pass; a kernel of attention is
-charged its matrix products at a share of the chip's peak, and any other is named as uncharged.
+The compiler estimates each fusion; loops are their bodies times their trip counts. Collectives are counted with the
+bytes of their results, each channel once a pass, and those that nothing hides are named: a program for TPUs is
+scheduled, so the order of its text is that of its execution. A kernel of attention is charged its matrix products at
+a share of the chip's peak, and any other is named as uncharged.
 """
 
 from __future__ import annotations
@@ -11,30 +11,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from pgdist.chips import Chip
+from pgdist.plan import hlo
 
 KERNEL_EFFICIENCY = 0.45  # share of the bfloat16 peak at which attention kernels are charged
-_LARGEST_ESTIMATE = 2**50  # cycles; the compiler writes 2^63 - 1 where it has none
-_BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "pred": 1}
-_COLLECTIVES = (
-    "all-gather",
-    "reduce-scatter",
-    "all-reduce",
-    "all-to-all",
-    "collective-permute",
-    "ragged-all-to-all",
-)
-
-_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(")
-_CYCLES = re.compile(r'"estimated_cycles":"(-?\d+)"')
-_COLLECTIVE = re.compile(rf" ({'|'.join(_COLLECTIVES)})(-start)?\(")
-_NAME = re.compile(r"%([\w.\-]+) =")
-_KERNEL = "tpu_custom_call"
-_ATTENTION = re.compile(r"splash|attention|mqa|mha|flash")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +25,22 @@ class Collective:
 
     count: int
     nbytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """A collective by itself.  result: its shapes and dtypes.  loop: the body that it is in, "" outside of loops.
+    count: of its runs in a step.  sent: bytes that each device sends in all of these, in a ring.  is_exposed: whether
+    no compute is scheduled between its start and its end.
+    """
+
+    name: str
+    kind: str
+    result: str
+    loop: str
+    count: int
+    sent: int
+    is_exposed: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,10 +63,13 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """One device's share of a compiled program.  cycles: of compute, kernels included."""
+    """One device's share of a compiled program.  cycles: of compute, kernels included.  collectives: by kind, and
+    transfers: one by one, each with most bytes first.
+    """
 
     cycles: int
     collectives: Mapping[str, Collective]
+    transfers: Sequence[Transfer]
     kernels: Sequence[Kernel]
     loops: Sequence[Loop]
 
@@ -79,6 +80,7 @@ def read_program(text: str, chip: Chip) -> Program:
     return Program(
         cycles=reader.cycles_of(reader.entry),
         collectives=reader.collectives(),
+        transfers=reader.transfers(),
         kernels=reader.kernels(),
         loops=tuple(reader.loops.values()),
     )
@@ -89,175 +91,126 @@ class _Reader:
 
     def __init__(self, text: str, chip: Chip) -> None:
         self._chip = chip
-        self._computations, self.entry = _computations(text)
+        self._computations, self.entry = hlo.computations_of(text)
         self.loops: dict[str, Loop] = {}
         self.cycles_of = functools.cache(self._cycles_of)
 
     def _cycles_of(self, name: str) -> int:
-        total = 0
-        for line in self._computations.get(name, ()):
-            total += self._own_cycles(line)
-            if loop := _loop_of(line):
-                total += self._cycles_of_loop(*loop)
-            elif " conditional(" in line:
-                total += max(map(self.cycles_of, _called(line)), default=0)
-            elif " call(" in line:
-                total += sum(map(self.cycles_of, _called(line)))
+        return sum(map(self._cycles_of_line, self._computations.get(name, ())))
+
+    def _cycles_of_line(self, line: str) -> int:
+        """Of one instruction, with what it calls; a fusion's estimate has that already."""
+        total = hlo.estimated_cycles(line)
+        if hlo.is_kernel(line):
+            total += self._kernel_cycles(line) or 0
+        if loop := hlo.loop_of(line):
+            total += self._cycles_of_loop(*loop)
+        elif " conditional(" in line:
+            total += max(map(self.cycles_of, hlo.called_by(line)), default=0)
+        elif " call(" in line:
+            total += sum(map(self.cycles_of, hlo.called_by(line)))
         return total
 
-    def _own_cycles(self, line: str) -> int:
-        """Of one instruction, without what it calls."""
-        estimate = _CYCLES.search(line)
-        cycles = int(estimate[1]) if estimate and 0 <= int(estimate[1]) < _LARGEST_ESTIMATE else 0
-        if _KERNEL in line:
-            cycles += self._kernel_cycles(line) or 0
-        return cycles
-
     def _cycles_of_loop(self, body: str, condition: str) -> int:
-        trips = _trip_count(self._computations[condition], self._computations[body])
+        trips = self._trips(body, condition)
         self.loops[body] = Loop(body=body, trips=trips, cycles=self.cycles_of(body))
         return (trips or 1) * self.cycles_of(body)
 
+    def _trips(self, body: str, condition: str) -> int | None:
+        return hlo.trip_count(self._computations[condition], self._computations[body])
+
     def _kernel_cycles(self, line: str) -> int | None:
-        flops = _attention_flops(line)
-        return (
-            None if flops is None else int(flops / (self._chip.peak * KERNEL_EFFICIENCY) * self._chip.clock)
-        )
+        flops = hlo.attention_flops(line)
+        if flops is None:
+            return None
+        return int(flops / (self._chip.peak * KERNEL_EFFICIENCY) * self._chip.clock)
 
     def collectives(self) -> dict[str, Collective]:
         """By kind, most bytes first."""
         counts, sizes = collections.Counter(), collections.Counter()
-        for times, line, channel_is_new in self._executed():
-            if (match := _COLLECTIVE.search(line)) and channel_is_new:
-                counts[match[1]] += times
-                sizes[match[1]] += times * _result_bytes(line, is_start=match[2] is not None)
+        for times, line, channel_is_new in self._executed(self.entry, 1, set()):
+            if (kind := hlo.collective_of(line)) and channel_is_new:
+                counts[kind] += times
+                sizes[kind] += times * hlo.result_bytes(line)
         return {kind: Collective(count=counts[kind], nbytes=size) for kind, size in sizes.most_common()}
 
     def kernels(self) -> tuple[Kernel, ...]:
         """Each by its name."""
         counts: collections.Counter[str] = collections.Counter()
         cycles: dict[str, int | None] = {}
-        for times, line, _ in self._executed():
-            if _KERNEL in line:
-                name = _NAME.search(line)[1]
+        for times, line, _ in self._executed(self.entry, 1, set()):
+            if hlo.is_kernel(line):
+                name = hlo.name_of(line)
                 counts[name] += times
                 cycles[name] = self._kernel_cycles(line)
         return tuple(Kernel(name=name, count=count, cycles=cycles[name]) for name, count in counts.items())
 
-    def _executed(self) -> Iterator[tuple[int, str, bool]]:
+    def transfers(self) -> tuple[Transfer, ...]:
+        """Most bytes first."""
+        found = self._transfers_in(self.entry, 1, "")
+        return tuple(sorted(found, key=lambda transfer: transfer.sent, reverse=True))
+
+    def _executed(self, name: str, times: int, channels: set[str]) -> Iterator[tuple[int, str, bool]]:
         """(how often, instruction, whether its channel was not met yet in this pass) of all that runs."""
-        yield from self._executed_in(self.entry, 1, set())
-
-    def _executed_in(self, name: str, times: int, channels: set[str]) -> Iterator[tuple[int, str, bool]]:
         for line in self._computations.get(name, ()):
-            channel = re.search(r"channel_id=(\d+)", line)
-            key = channel[1] if channel else line
-            yield times, line, key not in channels
-            if _COLLECTIVE.search(line):
-                channels.add(key)
-            if loop := _loop_of(line):
-                body, condition = loop
-                trips = _trip_count(self._computations[condition], self._computations[body])
-                yield from self._executed_in(body, times * (trips or 1), set())
-            elif re.search(r" fusion\(| call\(|async-start\(", line):
-                for called in _called(line):
-                    yield from self._executed_in(called, times, channels)
+            channel = hlo.channel_of(line)
+            yield times, line, channel not in channels
+            if hlo.collective_of(line):
+                channels.add(channel)
+            if loop := hlo.loop_of(line):
+                yield from self._executed(loop[0], times * (self._trips(*loop) or 1), set())
+            elif any(word in line for word in (" fusion(", " call(", "async-start(")):
+                for called in hlo.called_by(line):
+                    yield from self._executed(called, times, channels)
 
+    def _transfers_in(self, name: str, times: int, loop: str) -> Iterator[Transfer]:
+        """Of one computation and the loops in it."""
+        lines = self._computations.get(name, ())
+        for first, last, collective in self._spans(lines):
+            yield Transfer(
+                name=hlo.name_of(lines[first]),
+                kind=hlo.collective_of(collective),
+                result=hlo.result_shapes(collective),
+                loop=loop,
+                count=times,
+                sent=times * hlo.sent_bytes(collective),
+                is_exposed=not any(map(self._cycles_of_line, lines[first : last + 1])),
+            )
+        for line in lines:
+            if inner := hlo.loop_of(line):
+                yield from self._transfers_in(inner[0], times * (self._trips(*inner) or 1), inner[0])
+            elif " call(" in line:
+                for called in hlo.called_by(line):
+                    yield from self._transfers_in(called, times, loop)
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """{name: its instructions, a line each}, and the name of the entry."""
-    found: dict[str, list[str]] = {}
-    entry, lines = "", None
-    for line in text.splitlines():
-        if line and not line[0].isspace() and line.rstrip().endswith("{") and (match := _HEADER.match(line)):
-            lines = found.setdefault(match[2], [])
-            entry = match[2] if match[1] else entry
-        elif line.rstrip() == "}":
-            lines = None
-        elif lines is not None:
-            lines.append(line)
-    return found, entry
+    def _spans(self, lines: Sequence[str]) -> Iterator[tuple[int, int, str]]:
+        """(index of the first instruction, of the last, the collective itself) of each collective of a computation.
 
+        One that is not asynchronous is one instruction. A start goes on to its done. Where the compiler has fused a
+        collective with compute, all fusions that work on its channel carry it on.
+        """
+        carried: dict[str, tuple[int, int, str]] = {}
+        for index, line in enumerate(lines):
+            if hlo.collective_of(line):
+                yield index, self._end(lines, index), line
+                continue
+            for inner in self._collectives_within(line):
+                first, _, collective = carried.get(hlo.channel_of(inner), (index, index, inner))
+                end = self._end(lines, index) if "async-start(" in line else index
+                carried[hlo.channel_of(inner)] = first, end, collective
+        yield from carried.values()
 
-def _loop_of(line: str) -> tuple[str, str] | None:
-    """Body and condition of a loop."""
-    if not re.search(r"\bwhile\(", line):
-        return None
-    return re.search(r"body=%?([\w.\-]+)", line)[1], re.search(r"condition=%?([\w.\-]+)", line)[1]
+    def _collectives_within(self, line: str) -> list[str]:
+        """Those of the computations that a fusion, or another start, calls."""
+        if " fusion(" not in line and "async-start(" not in line:
+            return []
+        called = (inner for name in hlo.called_by(line) for inner in self._computations.get(name, ()))
+        return [inner for inner in called if hlo.collective_of(inner)]
 
-
-def _called(line: str) -> list[str]:
-    """The computations that an instruction names."""
-    names = re.findall(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", line)
-    if branches := re.search(r"branch_computations=\{([^}]*)\}", line):
-        names += re.findall(r"%([\w.\-]+)", branches[1])
-    return names
-
-
-def _trip_count(condition: Sequence[str], body: Sequence[str]) -> int | None:
-    """The constant that the counter is compared with, over what the body adds to it; None if nothing says so."""
-    constants = {
-        match[1]: int(match[2])
-        for line in (*condition, *body)
-        if (match := re.search(r"%([\w.\-]+) = [su]\d+\[\]\S* constant\((-?\d+)\)", line))
-    }
-    elements = {
-        match[1]: int(match[2])
-        for line in condition
-        if (match := re.search(r"%([\w.\-]+) = .*get-tuple-element\(.*\), index=(\d+)", line))
-    }
-    for line in condition:
-        match = re.search(r"compare\(%([\w.\-]+), %([\w.\-]+)\), direction=(\w+)", line)
-        if match and match[1] in elements and match[2] in constants:
-            limit = constants[match[2]] + (match[3] == "LE")
-            return max(1, -(-limit // _increment(body, elements[match[1]], constants)))
-    return None
-
-
-def _increment(body: Sequence[str], index: int, constants: Mapping[str, int]) -> int:
-    """What a pass adds to the element `index` of what the loop carries; 1 if it cannot be told."""
-    for root in body:
-        if not root.strip().startswith("ROOT"):
-            continue
-        match = re.search(r" tuple\((.*?)\)(,|$)", re.sub(r"/\*.*?\*/", "", root))
-        operands = [operand.strip().lstrip("%") for operand in match[1].split(",")] if match else []
-        if index < len(operands):
-            for line in body:
-                found = re.search(
-                    rf"%{re.escape(operands[index])} = .* add\(%([\w.\-]+), %([\w.\-]+)\)", line
-                )
-                for name in found.groups() if found else ():
-                    if name in constants:
-                        return constants[name]
-    return 1
-
-
-def _result_bytes(line: str, *, is_start: bool) -> int:
-    """Bytes of what an instruction returns; of the largest member, for a start, which returns its operands too."""
-    tail = line.split(" = ", 1)[1]
-    head = tail.split(")", 1)[0] if tail.startswith("(") else tail.split("(", 1)[0]
-    sizes = [
-        math.prod(int(size) for size in dims.split(",") if size) * _BYTES.get(kind, 4)
-        for kind, dims in re.findall(r"\b(\w+)\[([\d,]*)\]", head)
-    ]
-    return (max(sizes) if is_start else sum(sizes)) if sizes else 0
-
-
-def _attention_flops(line: str) -> int | None:
-    """Of the matrix products of an attention kernel, by its operands' shapes; None for any other kernel.
-
-    Full attention: 4 * heads * queries * keys * head size forward, 8 for the gradients of keys and values, 6 for
-    that of queries; head sizes count as 128 at least, the width of the matrix unit.
-    """
-    name = _NAME.search(line)[1]
-    if not _ATTENTION.search(name):
-        return None
-    operands = re.search(r"operand_layout_constraints=\{(.*?)\}, \w+=", line)
-    shapes = re.findall(r"(?:bf16|f16|f32)\[([\d,]+)\]", operands[1] if operands else line)
-    dims = [[int(size) for size in shape.split(",")] for shape in shapes]
-    large = [shape for shape in dims if len(shape) >= 2 and shape[-1] >= 32]
-    if len(large) < 2:
-        return None
-    query, key = large[:2]
-    factor = 8 if "dkv" in name else 6 if "dq" in name else 4
-    return factor * math.prod(query[:-2]) * query[-2] * key[-2] * max(128, query[-1])
+    def _end(self, lines: Sequence[str], start: int) -> int:
+        """Of the instruction that ends what `start` begins, which is itself unless it is asynchronous."""
+        name = hlo.name_of(lines[start])
+        for index in range(start + 1, len(lines)):
+            if "-done(" in lines[index] and name in hlo.operands_of(lines[index]):
+                return index
+        return start

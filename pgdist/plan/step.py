@@ -1,13 +1,11 @@
-"""Compiling the very step that a run would make, for devices that are here or only described, and what came of it."""
+"""Compiling the very step that a run would make, for devices that are here or only described."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import re
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -18,58 +16,41 @@ from pgdist.parameter_table import warn_of_replication
 from pgdist.parts import Parts
 from pgdist.plan.program import Program, read_program
 
-_DUMP, _SUMMARY = "train_step.txt", "train_step.json"
-_GIB = 2**30
+# What the TPU's compiler says of a program that is too large: the two figures stand in one of these.
+_TOO_LARGE = (
+    re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)"),
+    re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm"),
+)
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledStep:
-    """A step as compiled.  memory: bytes at most, of one device.  arguments: bytes of state, weights and batch among
-    them.  program: None for devices whose compiler gives no estimates.
+    """A step as compiled.  batch_size: rows of all devices.  seconds: that compiling took.  memory: bytes at most, of
+    one device, of which `arguments` are state, weights and batch, and `temporaries` what the step makes and forgets.
+    flops: of the model in a step, a device's share, as MFU counts them.  text: the program.  chip, program: None for
+    devices whose compiler gives no estimates.
     """
 
     devices: str
     mesh: dict[str, int]
+    batch_size: int
     seconds: float
     memory: int
     arguments: int
-    program: Program | None
+    temporaries: int
+    flops: float
+    text: str
     chip: Chip | None
-
-    def as_json(self) -> dict[str, Any]:
-        """For files; every figure says by its place whether the compiler gave it or it is estimated from that."""
-        compiled: dict[str, Any] = {
-            "memory_bytes": self.memory,
-            "argument_bytes": self.arguments,
-            "compile_seconds": round(self.seconds, 1),
-        }
-        found: dict[str, Any] = {"devices": self.devices, "mesh": self.mesh, "compiled": compiled}
-        if self.program is not None and self.chip is not None:
-            program, chip = self.program, self.chip
-            compiled |= {
-                "cycles": program.cycles,
-                "collectives": {kind: dataclasses.asdict(c) for kind, c in program.collectives.items()},
-                "kernels": [dataclasses.asdict(kernel) for kernel in program.kernels],
-                "loops": [dataclasses.asdict(loop) for loop in program.loops],
-            }
-            sent = sum(collective.nbytes for collective in program.collectives.values())
-            found["estimated"] = {
-                "compute_seconds": program.cycles / chip.clock,
-                "link_seconds": sent / chip.link,
-                "fits": self.memory <= chip.memory,
-            }
-        return found
+    program: Program | None
 
 
-def compile_train_step(
-    config: ConfigDict, *, devices: Sequence[jax.Device] | None = None, dump: Path | None = None
-) -> CompiledStep:
+def compile_train_step(config: ConfigDict, *, devices: Sequence[jax.Device] | None = None) -> CompiledStep:
     """Compiles the train step of a config; reads no data and no weights.
 
-    devices: present or described (`describe_devices`); all present ones by default.  dump: a folder that gets the
-    program's text and this summary as JSON.
+    devices: present or described (`describe_devices`); all present ones by default.
 
-    Raises ConfigError where the step does not fit the devices' memory, with what the compiler says of it.
+    Raises ConfigError where the devices cannot share the batch, and where the step does not fit their memory.
     """
     parts = Parts(config, devices=devices)
     warn_of_replication(parts.parameter_table, fsdp=parts.mesh.shape["fsdp"])
@@ -80,62 +61,45 @@ def compile_train_step(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise ConfigError(
-            f"The step does not fit: {_first_sentence(error)} Use config.model.remat=full, a "
-            "larger config.gradient_accumulation_steps, a smaller config.batch_size, or more devices."
-        ) from error
-    memory = compiled.memory_analysis()
+        raise ConfigError(_why_too_large(config, parts, str(error))) from error
+    seconds = time.perf_counter() - started
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     device = parts.mesh.devices.flat[0]
     chip = chip_of(device)
-    text = compiled.as_text()
-    step = CompiledStep(
+    return CompiledStep(
         devices=f"{parts.mesh.size} x {device.device_kind}",
         mesh=dict(parts.mesh.shape),
-        seconds=time.perf_counter() - started,
-        memory=memory.peak_memory_in_bytes,
-        arguments=memory.argument_size_in_bytes,
-        program=None if chip is None else read_program(text, chip),
+        batch_size=config.batch_size,
+        seconds=seconds,
+        # Compilers for others than TPUs leave most out of the peak.
+        memory=memory.peak_memory_in_bytes if chip else arguments + temporaries,
+        arguments=arguments,
+        temporaries=temporaries,
+        flops=parts.flops_per_example * config.batch_size / parts.mesh.size,
+        text=text,
         chip=chip,
+        program=None if chip is None else read_program(text, chip),
     )
-    if dump is not None:
-        dump.mkdir(parents=True, exist_ok=True)
-        (dump / _DUMP).write_text(text)
-        (dump / _SUMMARY).write_text(json.dumps(step.as_json(), indent=2) + "\n")
-    return step
 
 
-def describe(step: CompiledStep) -> str:
-    """The figures for people; each is marked as the compiler's or as estimated from the compiler's."""
-    mesh = " x ".join(f"{name}={size}" for name, size in step.mesh.items())
-    lines = [
-        f"{step.devices}, mesh {mesh}",
-        f"compiled   memory       {step.memory / _GIB:.2f} GiB at most, {step.arguments / _GIB:.2f} of it arguments",
-        f"compiled   in           {step.seconds:.1f} s",
-    ]
-    if step.program is None or step.chip is None:
-        return "\n".join(lines)
-    program, chip = step.program, step.chip
-    sent = sum(collective.nbytes for collective in program.collectives.values())
-    lines.append(f"compiled   cycles       {program.cycles / 1e6:,.1f} M, collectives not among them")
-    lines += [
-        f"compiled   {kind:<12} {found.count:,} with {found.nbytes / 1e9:.3f} GB of results"
-        for kind, found in program.collectives.items()
-    ]
-    for kernel in program.kernels:
-        charged = (
-            "not charged" if kernel.cycles is None else f"charged {kernel.cycles / 1e6:.2f} M cycles each"
-        )
-        lines.append(f"estimated  kernel       {kernel.name}: {kernel.count}, {charged}")
-    unknown = [loop.body for loop in program.loops if loop.trips is None]
-    lines += [f"compiled   loop         of unknown length: {body}; one pass is counted" for body in unknown]
-    lines += [
-        f"estimated  compute      {1e3 * program.cycles / chip.clock:.1f} ms a step",
-        f"estimated  links        {1e3 * sent / chip.link:.1f} ms a step, if nothing overlaps",
-    ]
-    if step.memory > chip.memory:
-        lines.append(f"compiled   DOES NOT FIT {chip.name} has {chip.memory / _GIB:.2f} GiB")
-    return "\n".join(lines)
-
-
-def _first_sentence(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".") + "."
+def _why_too_large(config: ConfigDict, parts: Parts, message: str) -> str:
+    """How much the step wants, how much there is, and which fields change that."""
+    figures = next((match for pattern in _TOO_LARGE if (match := pattern.search(message))), None)
+    if figures is None:
+        wants = " ".join(message.split())[:300].rstrip(".")
+    else:
+        wanted, there_is = (float(figures[i]) * _UNITS[figures[i + 1]] / _UNITS["G"] for i in (1, 3))
+        wants = f"it wants {wanted:.2f} GiB of each device, which has {there_is:.2f} GiB"
+    rows = config.batch_size // parts.mesh.size
+    helps = []
+    if rows > 1:
+        helps.append(f"a smaller config.batch_size (now {config.batch_size}, {rows} rows a device)")
+    if rows > config.gradient_accumulation_steps:
+        helps.append("a larger config.gradient_accumulation_steps")
+    if config.model.remat != "full":
+        helps.append(f"--config.model.remat=full (now {config.model.remat})")
+    if parts.mesh.shape["data"] > 1:
+        helps.append(f"a larger config.mesh.fsdp (now {parts.mesh.shape['fsdp']})")
+    helps.append("more devices")
+    return f"The step does not fit: {wants}. What helps: {'; '.join(helps)}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 
 from tests.launch import wrong_inputs as wrong
@@ -12,6 +13,7 @@ AGAIN = "train --config=config.py --workdir=run"
 ASK = "predict --workdir=run --prompt='caption en' --out=answers.jsonl"
 ASK_DATA = "predict --workdir=run --data=train.jsonl --out=answers.jsonl"
 JOB = TRAIN + " --coordinator=localhost:1234"
+COMPILE = "train --config=config.py --compile_only"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +93,41 @@ COMMAND_LINE = {
         "train --config=config.py --workdir=s3://b/new", 2, r"s3://b/new: expected a local folder or gs://"
     ),
 }
+
+COMPILE_ONLY = {
+    "compile without a config": Case("train --compile_only", 2, r"--config must be given"),
+    "topology without compile_only": Case(
+        TRAIN + " --topology=v5e:4x4", 2, r"--topology and --dump are for --compile_only"
+    ),
+    "slices of no topology": Case(COMPILE + " --slices=2", 2, r"--slices is for --topology"),
+    "topology without a shape": Case(
+        COMPILE + " --topology=v5e", 2, r"--topology=v5e: expected a kind of TPU .* such as v5e:4x4"
+    ),
+    "topology of four axes": Case(
+        COMPILE + " --topology=v4:2x2x2x2", 2, r"expected a kind of TPU and its chips along each axis"
+    ),
+    "batch that the devices do not divide": Case(
+        COMPILE + " --fake_devices=3",
+        2,
+        r"config.batch_size=4 cannot be split evenly over the 3 devices of the mesh: use a multiple of 3",
+    ),
+    "mesh of more devices than there are": Case(
+        COMPILE + " --config.mesh.data=2", 2, r"config.mesh: data=2 x fsdp=-1 does not fit 1 device"
+    ),
+    "dump into a file": Case(
+        COMPILE + " --dump=0.png/step", 2, r"--dump=0.png/step: cannot write there: Not a directory"
+    ),
+    "wrong field to compile with": Case(
+        COMPILE + " --config.batch_size=0", 2, r"config.batch_size: expected at least 1, found 0"
+    ),
+}
+
+if importlib.util.find_spec("libtpu") is None:
+    COMPILE_ONLY["compiler for TPUs missing"] = Case(
+        COMPILE + " --topology=v5e:4x4",
+        2,
+        r"the compiler for TPUs is not installed.*pip install 'pgdist\[plan\]'",
+    )
 
 CONFIG = {
     "config file missing": Case(
@@ -450,4 +487,4 @@ PREDICT = {
     ),
 }
 
-CASES = COMMAND_LINE | CONFIG | DATA | WEIGHTS | PREDICT
+CASES = COMMAND_LINE | COMPILE_ONLY | CONFIG | DATA | WEIGHTS | PREDICT

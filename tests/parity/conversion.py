@@ -19,11 +19,11 @@ _VISION, _LANGUAGE = "model.vision_tower", "model.language_model"
 
 
 def build_transformers(
-    config: PaliGemmaConfig, flat: Mapping[str, np.ndarray]
+    config: PaliGemmaConfig, flat: Mapping[str, np.ndarray], *, attention: str = "eager"
 ) -> transformers.PaliGemmaForConditionalGeneration:
-    """A float32 transformers model with eager attention that holds our parameters."""
+    """A float32 transformers model that holds our parameters.  attention: as transformers calls its kinds."""
     reference_config = transformers_config(config)
-    reference_config._attn_implementation = "eager"
+    reference_config._attn_implementation = attention
     model = transformers.PaliGemmaForConditionalGeneration(reference_config).float().eval()
     state = {name: torch.from_numpy(array) for name, array in to_transformers(flat).items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
