@@ -73,11 +73,15 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
-        """Writes the trace, if one is being taken."""
-        if self._is_tracing:
-            self._is_tracing = False
+        """Writes the trace, if one is being taken; a full disk costs the trace, not the run."""
+        if not self._is_tracing:
+            return
+        self._is_tracing = False
+        try:
             jax.profiler.stop_trace()
             logging.info("Profile of the steps from %d on: %s", self._steps.first, self._folder)
+        except (OSError, jax.errors.JaxRuntimeError) as error:
+            logging.warning("The profile could not be written: %s", error)
 
 
 class NoProfiler:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -86,6 +88,29 @@ def test_a_run_that_goes_on_profiles_what_is_left(tmp_path, start, expected):
 
     assert (tmp_path / "profile").exists() == bool(expected)
     assert not expected or annotated_steps(tmp_path / "profile") == expected
+
+
+def test_a_trace_that_cannot_be_written_is_told_and_ends_nothing(tmp_path):
+    (tmp_path / "profile").write_text("in the way")
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from pgdist.train.profile import ProfiledSteps, Profiler\n"
+        "profiler = Profiler(ProfiledSteps(first=1, count=1), Path(sys.argv[1]))\n"
+        "with profiler.step(1, drain=lambda: None):\n"
+        "    pass\n"
+        "print('going on')"
+    )
+    # In a process of its own: JAX takes no further trace in one where this has failed.
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "profile")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout == "going on\n", done.stderr
+    assert "The profile could not be written" in done.stderr and "is not a directory" in done.stderr
 
 
 def test_step_and_count_are_two_numbers():
