@@ -1,4 +1,4 @@
-"""Kinds of accelerators with the figures that their makers give: what utilisation and estimates are measured against."""
+"""Kinds of accelerators with the figures that their makers give: what utilisation and estimates measure against."""
 
 from __future__ import annotations
 
