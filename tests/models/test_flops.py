@@ -68,7 +68,7 @@ def test_only_scored_positions_have_logits():
 
 
 def _flops_of_program(generation: str, trainable: list[str], *, max_scored_positions: int = 0) -> float:
-    """An example's share of the matrix products in the program of loss and gradients, loops weighted by their length."""
+    """An example's share of the matrix products in the program of loss and gradients, loops weighted by length."""
     config = SMALL[generation]
     rows = 2
     batch = random_batch(config, prefixes=[3, 4], suffixes=[4, 5], length=LENGTH, seed=0)
