@@ -26,10 +26,12 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledStep:
-    """A step as compiled.  batch_size: rows of all devices.  seconds: that compiling took.  memory: bytes at most, of
-    one device, of which `arguments` are state, weights and batch, and `temporaries` what the step makes and forgets.
-    flops: of the model in a step, a device's share, as MFU counts them.  text: the program.  chip, program: None for
-    devices whose compiler gives no estimates.
+    """A step as compiled.
+
+    batch_size: rows of all devices.  seconds: that compiling took.  memory: bytes at most, of one device, of which
+    `arguments` are state, weights and batch, and `temporaries` what the step makes and forgets.  flops: of the model
+    in a step, a device's share, as MFU counts them.  text: the program.  chip, program: None for devices whose
+    compiler gives no estimates.
     """
 
     devices: str

@@ -1,6 +1,6 @@
 """A training step beside transformers' on this machine's CPU: same weights, same batch, same frozen set, same SGD.
 
-    python tools/bench/transformers_step.py [--sizes small medium] [--devices 1 2 4] [--json=FILE]
+    python tools/bench/transformers_step.py [--sizes tiny small medium] [--devices 1 2 4] [--json=FILE]
 
 Needs torch and transformers (docs/development.md). Both compute in float32 on the same cores, in turns, in one process:
 transformers with its default attention, its logits of text positions only, and no gradient of what is frozen; pgdist
@@ -32,6 +32,7 @@ from pgdist.config import default_config
 from pgdist.mesh import batch_sharding, make_mesh, parameter_shardings, put_batch
 from pgdist.models import GemmaConfig, PaliGemma, PaliGemmaConfig, SiglipConfig
 from pgdist.models.presets import PRESETS
+from pgdist.models.remat import REMAT_POLICIES
 from pgdist.parameters import flatten, learning_rate_scales, unflatten
 from pgdist.train.optimizer import make_optimizer, make_schedule
 from pgdist.train.state import init_state, state_shardings
@@ -68,7 +69,10 @@ def _like_3b(*, shrink: int, depth: int, vocab_size: int, image_size: int) -> Pa
 
 
 SIZES = {
-    "small": Size(model=PRESETS["tiny"], batch=64, text_length=24),
+    "tiny": Size(model=PRESETS["tiny"], batch=64, text_length=24),
+    "small": Size(
+        model=_like_3b(shrink=8, depth=4, vocab_size=8192, image_size=112), batch=16, text_length=64
+    ),
     "medium": Size(
         model=_like_3b(shrink=4, depth=6, vocab_size=32_128, image_size=224), batch=8, text_length=64
     ),
@@ -82,6 +86,7 @@ def main() -> None:
     )
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=SIZES)
     parser.add_argument("--devices", nargs="*", type=int, default=[1, 2, 4], help="of pgdist, simulated")
+    parser.add_argument("--remat", default="dots", choices=REMAT_POLICIES, help="of pgdist")
     parser.add_argument("--rounds", type=int, default=9, help="of one step each")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     options = parser.parse_args()
@@ -91,14 +96,14 @@ def main() -> None:
     print(f"{cores} cores for each; torch {torch.__version__}, jax {jax.__version__}")
     rows = []
     for name in options.sizes:
-        rows += compare(name, devices=options.devices, rounds=options.rounds)
+        size = _with_remat(SIZES[name], options.remat)
+        rows += compare(name, size, devices=options.devices, rounds=options.rounds)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def compare(name: str, *, devices: list[int], rounds: int) -> list[dict[str, object]]:
+def compare(name: str, size: Size, *, devices: list[int], rounds: int) -> list[dict[str, object]]:
     """The lines of one size."""
-    size = SIZES[name]
     flat = flatten(random_parameters(size.model, seed=0))
     parameters = sum(array.size for array in flat.values())
     print(f"{name}: {parameters / 1e6:.1f} M parameters, {size.batch} examples of {size.text_length} tokens")
@@ -132,6 +137,12 @@ def compare(name: str, *, devices: list[int], rounds: int) -> list[dict[str, obj
         )
         rows.append(row)
     return rows
+
+
+def _with_remat(size: Size, policy: str) -> Size:
+    image = dataclasses.replace(size.model.image, remat=policy)
+    text = dataclasses.replace(size.model.text, remat=policy)
+    return dataclasses.replace(size, model=PaliGemmaConfig(image=image, text=text))
 
 
 def _batch(size: Size) -> dict[str, np.ndarray]:
