@@ -101,8 +101,8 @@ class PaliGemma(nn.Module):
         """As `hidden`, of text that is embedded already, dtype[B, T, D]; the embedding itself is not used."""
         image_tokens = self.img(image)
         n, length = image_tokens.shape[1], embedded.shape[1]
-        # Rows of whole tiles: TPU's compiler reshapes and stores others by copying them.
-        padding = -(n + length) % _TILE
+        # Rows of whole tiles: TPU's compiler reshapes and stores others by copying them. Short ones are not worth it.
+        padding = -(n + length) % _TILE if n + length >= 16 * _TILE else 0
         embedded = jnp.pad(embedded, ((0, 0), (0, padding), (0, 0)))
         x = jnp.concatenate([image_tokens.astype(self.config.text.dtype), embedded], axis=1)
         input_mask = jnp.pad(input_mask.astype(bool), ((0, 0), (0, padding)))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pgdist.models import PaliGemma, PaliGemmaConfig, normalize_image
+from pgdist.models.paligemma import prefix_lm_visibility
 from tests.models.small import SMALL, random_batch, random_parameters, with_image, with_text
 
 # The tutorial's (a T4 has no bfloat16), a TPU's, and pairs that show which tower is which.
@@ -70,15 +71,15 @@ def test_each_tower_multiplies_in_its_own_dtype_and_normalizes_in_float32(
     def image_tokens(params, image):
         return model.apply({"params": params}, image, method=lambda m, x: m.img(x))
 
-    def decode(params, x, positions, mask):
+    def decode(params, x, positions, visibility):
         def run(m, x):
-            hidden, cache = m.llm(x, positions=positions, mask=mask)
+            hidden, cache = m.llm(x, positions=positions, visibility=visibility)
             return m.llm.logits(hidden), hidden, cache
 
         return model.apply({"params": params}, x, method=run)
 
     x, positions = jnp.ones((1, 3, config.text.width), text_dtype), jnp.arange(3)[None]
-    decoder_args = params, x, positions, jnp.ones((1, 3, 3), bool)
+    decoder_args = params, x, positions, prefix_lm_visibility(jnp.zeros((1, 3), int), jnp.ones((1, 3), bool))
     for found, dtype in (
         (dtypes_of(image_tokens, params, image), image_dtype),
         (dtypes_of(decode, *decoder_args), text_dtype),

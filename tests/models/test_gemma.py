@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgdist.models import Gemma, GemmaConfig, PaliGemmaConfig
-from pgdist.models.gemma import GatedMlp, RMSNorm, rotate, softcap
+from pgdist.models.attention import softcap
+from pgdist.models.gemma import GatedMlp, RMSNorm, rotate
+from pgdist.models.paligemma import prefix_lm_visibility
 from tests.models.small import SMALL, random_parameters, with_text
 
 LENGTH = 7
@@ -28,8 +30,8 @@ def hidden(config: PaliGemmaConfig, params: dict) -> np.ndarray:
     """The decoder's outputs [2, LENGTH, D] for random embedded tokens under a causal mask."""
     x = np.random.default_rng(0).standard_normal((2, LENGTH, config.text.width)).astype(np.float32)
     positions = jnp.broadcast_to(jnp.arange(LENGTH), (2, LENGTH))
-    mask = jnp.broadcast_to(jnp.tri(LENGTH, dtype=bool), (2, LENGTH, LENGTH))
-    y, _ = _jitted(config.text)({"params": params["llm"]}, x, positions=positions, mask=mask)
+    causal = prefix_lm_visibility(jnp.ones((2, LENGTH), int), jnp.ones((2, LENGTH), bool))
+    y, _ = _jitted(config.text)({"params": params["llm"]}, x, positions=positions, visibility=causal)
     return np.asarray(y)
 
 

@@ -69,8 +69,8 @@ def test_a_step_that_does_not_fit_says_by_how_much_and_what_helps(monkeypatch, m
         plan.compile_train_step(tiny(**{"mesh.data": 2, "model.remat": "dots"}))
     assert str(caught.value) == (
         "The step does not fit: it wants 108.84 GiB of each device, which has 15.75 GiB. What helps: a smaller "
-        "config.batch_size (now 16, 2 rows a device); --config.model.remat=full (now dots); a larger "
-        "config.mesh.fsdp (now 4); more devices."
+        "config.batch_size (now 16, 2 rows a device); a larger config.gradient_accumulation_steps; "
+        "--config.model.remat=full (now dots); a larger config.mesh.fsdp (now 4); more devices."
     )
 
 

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from pgdist.mesh import AXES, make_mesh
 from pgdist.train import vocabulary
+from pgdist.train.gathering import spread
 from pgdist.train.vocabulary import Scoring, weighted_loss
 
 ROWS, LENGTH, WIDTH, WORDS = 8, 10, 16, 40
@@ -55,8 +56,9 @@ def scored(how: Scoring, mesh=None):
 
     def local(hidden, table, targets, weights):
         def loss(hidden, table):
-            spread = table if mesh is None else jax.lax.pcast(table, "data", to="varying")
-            return weighted_loss(how, hidden, spread, targets, weights)
+            return weighted_loss(
+                how, hidden, table if mesh is None else spread(table, "data"), targets, weights
+            )
 
         (found, correct), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, table)
         return found if mesh is None else jax.lax.psum(found, AXES), correct, gradients
@@ -70,6 +72,7 @@ def scored(how: Scoring, mesh=None):
             mesh=mesh,
             in_specs=(rows, split, rows, rows),
             out_specs=(PartitionSpec(), rows, (rows, split)),
+            check_vma=False,
         )
     )
 
