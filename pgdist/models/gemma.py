@@ -167,7 +167,7 @@ class GatedMlp(nn.Module):
         linear = self.param("linear", nn.initializers.lecun_normal(), (c.mlp_dim, c.width)).astype(x.dtype)
         shape = x.shape
         # One [B*T, D] matrix: XLA's CPU backend multiplies it faster than a batch of small ones.
-        x = _with_gradient_formed(x.reshape(-1, c.width))
+        x = x.reshape(-1, c.width)
         gate, up = (_with_gradient_formed(x @ gating[i]) for i in (0, 1))
         return ((nn.gelu(gate, approximate=True) * up) @ linear).reshape(shape)
 
