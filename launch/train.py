@@ -66,7 +66,7 @@ def main() -> None:
 def _compile() -> None:
     """Prints what the step costs, on standard output."""
     entry.require("config")
-    stdout = membership.join_job()
+    stdout = membership.join_job(topology=_TOPOLOGY.value or "")
     from pgdist import plan
     from pgdist.config import check_values
 

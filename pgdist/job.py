@@ -38,6 +38,7 @@ from pgdist.telemetry import (
     ProgressBar,
     TensorBoardWriter,
 )
+from pgdist.train.compilation import BackgroundStep
 from pgdist.train.state import TrainState, init_state
 from pgdist.train.step import make_validation_step
 from pgdist.workdir import Workdir, write_json, write_jsonl
@@ -94,6 +95,11 @@ class Job:
         frozen = {name: array for name, array in arrays.items() if not parts.scales[name]}
         trainable = {name: array for name, array in arrays.items() if parts.scales[name]}
         return unflatten(frozen), init_state(parts.optimizer, unflatten(trainable), parts.state_shardings)
+
+    def compile_step(self) -> BackgroundStep:
+        """The training step, which is compiled while this process goes on."""
+        inputs = self.parts.step_inputs()
+        return BackgroundStep(self.parts.train_step, inputs.state, inputs.frozen, inputs.batch)
 
     def open_checkpoints(self) -> Checkpoints:
         """The run's checkpoints, which belong to its base weights."""

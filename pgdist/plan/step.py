@@ -12,10 +12,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from pgdist.errors import ConfigError
 from pgdist.parts import Parts
 from pgdist.plan.program import Program, read_program
 from pgdist.plan.topologies import Chip, chip_of
+from pgdist.train.compilation import compile_program
 
 _DUMP, _SUMMARY = "train_step.txt", "train_step.json"
 _GIB = 2**30
@@ -73,15 +73,7 @@ def compile_train_step(
     parts = Parts(config, devices=devices)
     inputs = parts.step_inputs()
     started = time.perf_counter()
-    try:
-        compiled = parts.train_step.lower(inputs.state, inputs.frozen, inputs.batch).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise ConfigError(
-            f"The step does not fit: {_first_sentence(error)} Use a smaller config.batch_size, "
-            "config.model.remat=full, or more devices."
-        ) from error
+    compiled = compile_program(parts.train_step.lower(inputs.state, inputs.frozen, inputs.batch)).program
     memory = compiled.memory_analysis()
     device = parts.mesh.devices.flat[0]
     chip = chip_of(device)
@@ -133,7 +125,3 @@ def describe(step: CompiledStep) -> str:
     if step.memory > chip.memory:
         lines.append(f"compiled   DOES NOT FIT {chip.name} has {chip.memory / _GIB:.2f} GiB")
     return "\n".join(lines)
-
-
-def _first_sentence(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".") + "."

@@ -1,0 +1,130 @@
+"""Compiling the training step beside what else a start has to do, and saying whether it came from the cache.
+
+The step is traced where it is asked for and compiled in a thread, from shapes and shardings alone: reading the
+weights takes as long, and needs other parts of the machine. What comes of it is the program that a first call would
+have made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import jax
+from absl import logging
+
+from pgdist import cluster
+from pgdist.errors import ConfigError
+
+PyTree = Any
+THREAD = "pgdist-compile"  # what its name begins with
+
+# Documented in no list; JAX's own dashboards count them.
+_EVENTS = "/jax/compilation_cache/"
+_ASKED, _HIT, _KEPT = _EVENTS + "compile_requests_use_cache", _EVENTS + "cache_hits", _EVENTS + "cache_misses"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compilation:
+    """A compiled program.  seconds: of compiling, or of reading it.  cache: where it came from; "off" without one.
+    is_kept: whether this process has written it for the next start.
+    """
+
+    program: jax.stages.Compiled
+    seconds: float
+    cache: Literal["hit", "miss", "off"]
+    is_kept: bool
+
+
+def compile_program(lowered: jax.stages.Lowered) -> Compilation:
+    """Compiles a traced step; ConfigError where it does not fit the devices' memory."""
+    started = time.perf_counter()
+    with _events_of_this_thread() as events, _explaining_memory():
+        program = lowered.compile()
+    return Compilation(
+        program=program,
+        seconds=time.perf_counter() - started,
+        cache="off" if _ASKED not in events else "hit" if _HIT in events else "miss",
+        is_kept=_KEPT in events,
+    )
+
+
+class BackgroundStep:
+    """A jitted training step that is being compiled; calling it waits for that."""
+
+    def __init__(self, step: Any, *inputs: PyTree) -> None:
+        """step: jitted.  inputs: jax.ShapeDtypeStruct leaves with shardings, as it will be called."""
+        lowered = step.lower(*inputs)
+        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=THREAD)
+        self._compilation = executor.submit(compile_program, lowered)
+        executor.shutdown(wait=False)
+        self._is_told = False
+
+    def wait(self) -> Compilation:
+        """What came of it, once it is there; process 0 logs it.  Raises ConfigError as `compile_program`."""
+        found = self._compilation.result()
+        if not self._is_told:
+            self._is_told = True
+            if cluster.is_primary():
+                logging.info("%s", _describe(found))
+        return found
+
+    def __call__(self, state: PyTree, frozen: PyTree, batch: PyTree) -> tuple[Any, dict[str, jax.Array]]:
+        """One step; ConfigError where the devices' memory is too small for it, which some only find out now."""
+        program = self.wait().program
+        with _explaining_memory():
+            return program(state, frozen, batch)
+
+
+def is_compiling() -> bool:
+    """Whether a program is still being compiled in this process, which Python would wait for as it ends."""
+    return any(thread.name.startswith(THREAD) for thread in threading.enumerate())
+
+
+def _describe(found: Compilation) -> str:
+    folder = jax.config.jax_compilation_cache_dir
+    if found.cache == "hit":
+        return f"Read the training step from the cache in {found.seconds:.1f} s ({folder})."
+    told = {
+        True: f"cache miss; the next start reads it from {folder}",
+        False: "cache miss; too quick to be kept",
+    }
+    note = "no cache" if found.cache == "off" else told[found.is_kept]
+    return f"Compiled the training step in {found.seconds:.1f} s ({note})."
+
+
+@contextlib.contextmanager
+def _events_of_this_thread() -> Iterator[set[str]]:
+    """The names of JAX's events; others compile meanwhile, in threads of their own."""
+    found: set[str] = set()
+    thread = threading.get_ident()
+
+    def note(event: str, **_: str | int) -> None:
+        if threading.get_ident() == thread:
+            found.add(event)
+
+    jax.monitoring.register_event_listener(note)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_listener(note)
+
+
+@contextlib.contextmanager
+def _explaining_memory() -> Iterator[None]:
+    """Raises ConfigError, with what can be done, where the devices' memory is too small."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        found = " ".join(str(error).split())[:300].rstrip(".")
+        raise ConfigError(
+            f"The step does not fit: {found}. Use a smaller config.batch_size, config.model.remat=full, or more "
+            "devices, over which config.mesh.fsdp splits the parameters."
+        ) from error
