@@ -22,9 +22,9 @@ IN_WORKDIR = "compilation_cache"
 def open_cache(workdir: str) -> Path | None:
     """Chooses the folder before anything large is compiled; None where nothing is kept.
 
-    What JAX was told already wins, by JAX_COMPILATION_CACHE_DIR or otherwise; an empty name means none. Else a process that is alone has a folder of its
-    user's, `programs` beside what pgdist has fetched; several share one in `workdir`, which all of them see: none
-    where that is "" or a bucket.  A folder that cannot be written is said, and left alone.
+    What JAX was told already wins, by JAX_COMPILATION_CACHE_DIR or otherwise; an empty name means none. Else a process
+    that is alone has a folder of its user's, `programs` beside what pgdist has fetched; several share one in `workdir`,
+    which all of them see: none where that is "" or a bucket.  A folder that cannot be made is said, and left alone.
     """
     if (chosen := jax.config.jax_compilation_cache_dir or os.environ.get(VARIABLE)) is not None:
         # JAX would take an empty one for the current folder, for some of what it keeps.

@@ -63,8 +63,9 @@ def test_the_kind_of_device_is_seen_without_jax(tmp_path, files, variables, kind
 
 
 @pytest.mark.parametrize("kind", backend_flags.TABLE)
-def test_every_setting_of_a_kind_is_made_and_has_a_reason_and_a_source(kind):
-    environ: dict[str, str] = {}
+def test_every_setting_of_a_kind_is_made_and_has_a_reason_and_a_source(kind, tmp_path):
+    knows_all = "\n".join(setting.flag for settings in backend_flags.TABLE.values() for setting in settings)
+    environ = {"TPU_LIBRARY_PATH": str(put(tmp_path, ("libtpu.so", knows_all)) / "libtpu.so")}
     effects = apply(kind, environ)
     assert [effect.set_by for effect in effects] == ["pgdist"] * len(backend_flags.TABLE[kind])
     for setting in backend_flags.TABLE[kind]:
