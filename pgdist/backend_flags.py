@@ -82,7 +82,7 @@ _TPU_V6E = (
         variable="LIBTPU_INIT_ARGS",
         flag="--xla_tpu_scoped_vmem_limit_kib",
         value="65536",
-        reason="half of the VMEM for one operation, not an eighth: larger tiles for the larger matrix units",
+        reason="64 MiB of on-chip memory for one operation, where XLA gives 16: larger tiles",
         source="measured, 10 % fewer cycles (docs/flags.md); MaxText gives v6e 98304, which is worse here",
     ),
 )
