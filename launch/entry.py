@@ -117,7 +117,7 @@ def _exit_code(call: Callable[[], None]) -> int:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the process with `code`; a failing one of several does not wait for its peers."""
+    """Ends the process with `code`; a failing one waits neither for its peers nor for what it still compiles."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -129,10 +129,10 @@ def _leave(code: int) -> NoReturn:
             else:
                 print(f"pgdist: error: cannot write the output: {error.strerror}", file=sys.stderr)
                 code = code or BUG
-    if code != 0 and _has_peers():
+    if code != 0 and (_has_peers() or _is_compiling()):
         for child in multiprocessing.active_children():  # data loading workers, which os._exit would orphan
             child.kill()
-        if code != PeerLostError.exit_code and _fails_with_all():
+        if code != PeerLostError.exit_code and _has_peers() and _fails_with_all():
             sys.modules["jax"].distributed.shutdown()
         os._exit(code)
     sys.exit(code)
@@ -162,6 +162,11 @@ def _tells_of_a_lost_peer(error: BaseException) -> bool:
 def _has_peers() -> bool:
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
+
+
+def _is_compiling() -> bool:
+    compilation = sys.modules.get("pgdist.train.compilation")
+    return compilation is not None and compilation.is_compiling()
 
 
 def _reader_has_gone(stream: IO[str]) -> bool:

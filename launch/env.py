@@ -75,6 +75,8 @@ def _describe_job() -> dict[str, Any]:
 def _readable(name: str, value: Any) -> str:
     if name.endswith(("_bytes", "_bytes_each")):
         return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
+    if isinstance(value, dict):  # a setting of the backend
+        return f"{value['value']}, set by {value['set_by']}: {value['reason']}"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

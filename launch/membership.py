@@ -14,6 +14,7 @@ from typing import IO
 from absl import flags
 
 from launch import entry
+from pgdist import backend_flags
 from pgdist.detection import HEARTBEAT_TIMEOUT, JOIN_TIMEOUT, Membership, find_membership
 from pgdist.errors import ConfigError
 
@@ -42,12 +43,13 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
 
 
 def join_job() -> IO[str]:
-    """Simulates devices and joins the job as the flags say, the environment, or the cluster.
+    """Tells the backend its flags, simulates devices and joins the job as the flags say, the environment, or the
+    cluster.
 
     Returns where answers go: standard output, or in a job of several processes a copy of it, for there the
     communication library of CPUs writes to the first one.
     """
-    _simulate_devices()
+    _prepare_backend()
     from pgdist import cluster  # imports JAX, which --help need not wait for
 
     place = cluster.join(
@@ -65,9 +67,18 @@ def join_job() -> IO[str]:
     return answers
 
 
+def stay_alone(*, topology: str) -> IO[str]:
+    """Prepares the backend to compile for devices that are only described, such as "v5e:4x4": those of this machine,
+    and of its job, are not asked. Returns where answers go.
+    """
+    backend_flags.apply(f"tpu {topology.partition(':')[0]}")
+    entry.simulate_devices(1)
+    return sys.stdout
+
+
 def describe_job() -> Membership:
-    """Simulates devices, and says which job `join_job` would join, and why; joins none."""
-    _simulate_devices()
+    """Prepares the backend as `join_job`, and says which job `join_job` would join, and why; joins none."""
+    _prepare_backend()
     return find_membership(
         coordinator=_COORDINATOR.value,
         num_processes=_NUM_PROCESSES.value,
@@ -77,9 +88,12 @@ def describe_job() -> Membership:
     )
 
 
-def _simulate_devices() -> None:
+def _prepare_backend() -> None:
     text = os.environ.get("PGDIST_FAKE_DEVICES", "")
     if text and not text.isdecimal():
         raise ConfigError(f"PGDIST_FAKE_DEVICES: expected a whole number, found {text!r}.")
-    if count := _FAKE_DEVICES.value or int(text or 0):
+    count = _FAKE_DEVICES.value or int(text or 0)
+    # Before JAX is imported, which adds flags of its own.
+    backend_flags.apply("cpu" if count else backend_flags.find_kind())
+    if count:
         entry.simulate_devices(count)

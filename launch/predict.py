@@ -65,10 +65,11 @@ def main(*more_images: str) -> None:
     _check_flags(images)
     heartbeat.beat("starting")
     stdout = membership.join_job()
-    from pgdist import cluster, health
+    from pgdist import cluster, health, program_cache
     from pgdist.config import check_values
     from pgdist.inference import load_model, read_run_config
 
+    program_cache.open_cache(_WORKDIR.value or "")
     config = _CONFIG.value or read_run_config(_WORKDIR.value)
     check_values(config)
     health.check(config)

@@ -11,7 +11,6 @@ config, 3 bad data or weights, 4 diverged, 42 stopped with its state saved, 43 a
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 from absl import flags, logging
@@ -83,8 +82,7 @@ def _compile() -> None:
     """Prints what the step costs, on standard output."""
     entry.require("config")
     if _TOPOLOGY.value:
-        entry.simulate_devices(1)  # those of this machine, and of its job, are not asked
-        answers = sys.stdout
+        answers = membership.stay_alone(topology=_TOPOLOGY.value)
     elif _SLICES.value > 1:
         raise ConfigError("--slices is for --topology.")
     else:

@@ -58,7 +58,7 @@ def default_config() -> ConfigDict:
     c.model.image_dtype = "bfloat16"  # what each tower computes in
     c.model.text_dtype = "bfloat16"
     c.model.final_logits_softcap = 0.0  # 0: none, which transfers better (PaliGemma 2 paper)
-    c.model.remat = "none"  # what the backward pass recomputes: none, dots (all but matmuls of weights), full
+    c.model.remat = "dots"  # what the backward pass recomputes: none, dots (all but matmuls of weights), full
     c.model.attention = (
         "auto"  # how it is computed in training: auto, plain, chunked, splash (TPU), cudnn (GPU)
     )

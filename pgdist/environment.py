@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pgdist
+from pgdist import backend_flags
 from pgdist.limits import describe_limits
 
 PACKAGES = (
@@ -51,6 +52,7 @@ def describe_environment() -> dict[str, Any]:
         "devices": _describe_devices(),
         "drivers": _describe_drivers(),
         "packages": package_versions(),
+        "backend_flags": backend_flags.describe(),
         "variables": variables,
     }
 

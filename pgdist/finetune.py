@@ -16,7 +16,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from pgdist import cluster, health, heartbeat, weights
+from pgdist import cluster, health, heartbeat, program_cache, weights
 from pgdist.checkpoint import Checkpoints
 from pgdist.config import validate_config
 from pgdist.data.bad_records import BadRecordLog, BadShare
@@ -31,6 +31,7 @@ from pgdist.telemetry import MetricWriter
 from pgdist.train.loop import Loop
 from pgdist.train.profile import ProfiledSteps
 from pgdist.train.state import TrainState
+from pgdist.train.step import TrainStep
 from pgdist.workdir import Workdir
 
 PyTree = Any
@@ -82,6 +83,9 @@ def _finetune(
     health.compare({"training data": data, "config.init (checksums)": base}, name="inputs")
     job.workdir.check(config, fork=fork, data=data)
     job.log_descriptions()
+    # Not before: only a run that can begin makes a folder.
+    program_cache.open_cache(job.workdir.name)
+    step = job.compile_step()  # while the weights and the checkpoint are read
     frozen, state = job.load_weights()
     job.workdir.make()
     checkpoints = job.open_checkpoints()
@@ -98,11 +102,14 @@ def _finetune(
         # Only now, when nothing wrong with weights or checkpoints can stop the run, is it one of this config.
         job.workdir.record(config, data=data)
         job.write_descriptions()
-        return _train(job, state, frozen, checkpoints=checkpoints, should_stop=should_stop, writers=writers)
+        return _train(
+            job, step, state, frozen, checkpoints=checkpoints, should_stop=should_stop, writers=writers
+        )
 
 
 def _train(
     job: Job,
+    step: TrainStep,
     state: TrainState,
     frozen: PyTree,
     *,
@@ -134,7 +141,7 @@ def _train(
         if first == config.steps:
             logging.info("All %d steps are done already; evaluating what is there.", first)
         loop = Loop(
-            step=job.parts.train_step,
+            step=step,
             frozen=frozen,
             mesh=job.mesh,
             batches=batches,

@@ -39,6 +39,7 @@ from pgdist.telemetry import (
     ProgressBar,
     TensorBoardWriter,
 )
+from pgdist.train.compilation import BackgroundStep
 from pgdist.train.profile import NoProfiler, ProfiledSteps, Profiler
 from pgdist.train.state import TrainState, init_state
 from pgdist.train.step import make_validation_step
@@ -103,6 +104,17 @@ class Job:
         frozen = {name: array for name, array in arrays.items() if not parts.scales[name]}
         trainable = {name: array for name, array in arrays.items() if parts.scales[name]}
         return unflatten(frozen), init_state(parts.optimizer, unflatten(trainable), parts.state_shardings)
+
+    def compile_step(self) -> BackgroundStep:
+        """The training step, which is compiled while this process goes on."""
+        inputs = self.parts.step_inputs()
+        return BackgroundStep(
+            self.parts.train_step,
+            inputs.state,
+            inputs.frozen,
+            inputs.batch,
+            saves_memory=self.parts.what_saves_memory(),
+        )
 
     def open_checkpoints(self) -> Checkpoints:
         """The run's checkpoints, which belong to its base weights."""

@@ -118,6 +118,21 @@ class Parts:
             batch=self._batch(),
         )
 
+    def what_saves_memory(self) -> str:
+        """The fields of the config that make the step need less memory, for messages."""
+        config, rows = self.config, self.config.batch_size // self.mesh.size
+        helps = []
+        if rows > 1:
+            helps.append(f"a smaller config.batch_size (now {config.batch_size}, {rows} rows a device)")
+        if rows > config.gradient_accumulation_steps:
+            helps.append("a larger config.gradient_accumulation_steps")
+        if config.model.remat != "full":
+            helps.append(f"--config.model.remat=full (now {config.model.remat})")
+        if self.mesh.shape["data"] > 1:
+            helps.append(f"a larger config.mesh.fsdp (now {self.mesh.shape['fsdp']})")
+        helps.append("more devices")
+        return "; ".join(helps)
+
     def _batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """As `pgdist.data.loader.HostBatch` and the loop make it, of the global batch."""
         rows, length = self.config.batch_size, self.config.data.text_length

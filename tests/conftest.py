@@ -24,6 +24,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
+# And nothing of a test goes into its user's own folder of fetched files and programs.
+if "PGDIST_CACHE" not in os.environ:
+    _cache = tempfile.mkdtemp(prefix="pgdist_test_cache_")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+    os.environ["PGDIST_CACHE"] = _cache
+
 # Processes inherit this, so that one is recognised as ours even when the process between has ended.
 _MARK = "PGDIST_TEST_RUN"
 os.environ[_MARK] = uuid.uuid4().hex

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from collections.abc import Sequence
 
@@ -11,17 +10,10 @@ import jax
 from ml_collections import ConfigDict
 
 from pgdist.chips import Chip, chip_of
-from pgdist.errors import ConfigError
 from pgdist.parameter_table import warn_of_replication
 from pgdist.parts import Parts
 from pgdist.plan.program import Program, read_program
-
-# What the TPU's compiler says of a program that is too large: the two figures stand in one of these.
-_TOO_LARGE = (
-    re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)"),
-    re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm"),
-)
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+from pgdist.train.compilation import compile_program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,12 +50,8 @@ def compile_train_step(config: ConfigDict, *, devices: Sequence[jax.Device] | No
     warn_of_replication(parts.parameter_table, fsdp=parts.mesh.shape["fsdp"])
     inputs = parts.step_inputs()
     started = time.perf_counter()
-    try:
-        compiled = parts.train_step.lower(inputs.state, inputs.frozen, inputs.batch).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise ConfigError(_why_too_large(config, parts, str(error))) from error
+    lowered = parts.train_step.lower(inputs.state, inputs.frozen, inputs.batch)
+    compiled = compile_program(lowered, saves_memory=parts.what_saves_memory()).program
     seconds = time.perf_counter() - started
     memory, text = compiled.memory_analysis(), compiled.as_text()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -83,25 +71,3 @@ def compile_train_step(config: ConfigDict, *, devices: Sequence[jax.Device] | No
         chip=chip,
         program=None if chip is None else read_program(text, chip),
     )
-
-
-def _why_too_large(config: ConfigDict, parts: Parts, message: str) -> str:
-    """How much the step wants, how much there is, and which fields change that."""
-    figures = next((match for pattern in _TOO_LARGE if (match := pattern.search(message))), None)
-    if figures is None:
-        wants = " ".join(message.split())[:300].rstrip(".")
-    else:
-        wanted, there_is = (float(figures[i]) * _UNITS[figures[i + 1]] / _UNITS["G"] for i in (1, 3))
-        wants = f"it wants {wanted:.2f} GiB of each device, which has {there_is:.2f} GiB"
-    rows = config.batch_size // parts.mesh.size
-    helps = []
-    if rows > 1:
-        helps.append(f"a smaller config.batch_size (now {config.batch_size}, {rows} rows a device)")
-    if rows > config.gradient_accumulation_steps:
-        helps.append("a larger config.gradient_accumulation_steps")
-    if config.model.remat != "full":
-        helps.append(f"--config.model.remat=full (now {config.model.remat})")
-    if parts.mesh.shape["data"] > 1:
-        helps.append(f"a larger config.mesh.fsdp (now {parts.mesh.shape['fsdp']})")
-    helps.append("more devices")
-    return f"The step does not fit: {wants}. What helps: {'; '.join(helps)}."

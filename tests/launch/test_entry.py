@@ -272,3 +272,17 @@ def test_a_process_that_loses_its_peer_says_so_and_may_be_restarted(start_job, h
     returned, _, err = _end(process)
     assert returned == 43
     assert "another process of this job has gone" in err
+
+
+def test_a_command_that_fails_does_not_wait_for_what_it_compiles():
+    code = (
+        "import threading\n"
+        "from launch import entry\nfrom pgdist.errors import ConfigError\nfrom pgdist.train import compilation\n"
+        "def main():\n"
+        "    threading.Thread(target=threading.Event().wait, name=compilation.THREAD).start()  # for ever\n"
+        "    raise ConfigError('no such thing')\n"
+        "entry.run(main, name='x', usage='')"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (2, "pgdist: error: no such thing\n")
