@@ -81,17 +81,20 @@ def resolve(implementation: str, length: int) -> str:
     return "plain" if length < _LONG else "chunked"
 
 
-def choose(*, platform: str, length: int, dtype: DTypeLike, logits_softcap: float = 0.0) -> str:
+def choose(
+    device: jax.Device, *, length: int, head_dim: int, dtype: DTypeLike, logits_softcap: float = 0.0
+) -> str:
     """The name of the fastest implementation for self-attention over rows of `length` tokens.
 
-    platform: of the devices, "tpu", "gpu" or "cpu".  Kernels are not partitioned by XLA: they are for code inside
-    `jax.shard_map`, or for one device.
+    device: one of those that compute it.  Kernels are not partitioned by XLA: they are for code inside `jax.shard_map`,
+    or for one device.
     """
     if length < _LONG:
         return "plain"
-    if platform == "tpu":
+    if device.platform == "tpu":
         return "splash"
-    if platform == "gpu" and jnp.dtype(dtype).itemsize == 2 and not logits_softcap:
+    capability = float(getattr(device, "compute_capability", 0))  # GPUs have one
+    if capability >= 8.0 and jnp.dtype(dtype).itemsize == 2 and head_dim <= 128 and not logits_softcap:
         return "cudnn"
     return "chunked"
 

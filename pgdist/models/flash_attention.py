@@ -12,7 +12,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 ATTENDED = "attended"
 
 _LANES = 128  # lengths of blocks are multiples of it
-_LARGEST_BLOCK = 1024  # tokens; larger ones do not fit the v5e's vector memory in the backward pass
+# Tokens. A block of queries meets a block of keys in vector memory, of which a v5e has enough for these. In the
+# backward pass each block of keys writes gradients of all queries: the fewer there are, the better.
+_LARGEST_QUERY_BLOCK, _LARGEST_KEY_BLOCK = 1024, 1536
 
 
 def splash(
@@ -46,7 +48,7 @@ def splash(
 def cudnn(
     query: jax.Array, key: jax.Array, value: jax.Array, is_seen: jax.Array | None, cap: float
 ) -> jax.Array:
-    """On GPU: as `splash`, for two-byte floats without soft-cap; the keys that are seen come first."""
+    """On GPU: as `splash`, for two-byte floats; the keys that are seen come first.  ValueError for a soft-cap."""
     if cap:
         raise ValueError("cuDNN's attention has no soft-cap of logits")
     count = None if is_seen is None else jnp.sum(is_seen, axis=1, dtype=jnp.int32)
@@ -63,7 +65,7 @@ def _in_lanes(x: jax.Array, fill: bool = False) -> jax.Array:
 
 
 def _block_sizes(queries: int, keys: int) -> splash_kernel.BlockSizes:
-    block_q, block_kv = _block(queries, 1024), _block(keys, 1536)
+    block_q, block_kv = _block(queries, _LARGEST_QUERY_BLOCK), _block(keys, _LARGEST_KEY_BLOCK)
     return splash_kernel.BlockSizes(
         block_q=block_q,
         block_kv=block_kv,

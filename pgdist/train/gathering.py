@@ -174,14 +174,16 @@ class ShardedModel:
 
 
 def _with_attention(config: PaliGemmaConfig, attention: str, mesh: Mesh) -> PaliGemmaConfig:
-    platform = mesh.devices.flat[0].platform
+    """The config with each tower's attention chosen.  Raises ConfigError for one that the devices cannot do."""
+    device = mesh.devices.flat[0]
 
-    def of_tower(tower: Any, logits_softcap: float) -> Any:
+    def of_tower(tower: Any, head_dim: int, logits_softcap: float) -> Any:
         chosen = attention
         if chosen == "auto":
             chosen = choose(
-                platform=platform,
+                device,
                 length=config.image.num_tokens,  # text is short beside it
+                head_dim=head_dim,
                 dtype=tower.dtype,
                 logits_softcap=logits_softcap,
             )
@@ -190,15 +192,17 @@ def _with_attention(config: PaliGemmaConfig, attention: str, mesh: Mesh) -> Pali
                 "config.model.attention=cudnn: cuDNN has no soft-cap of attention logits, which this preset has; "
                 "leave it at auto."
             )
-        elif PLATFORM_OF.get(chosen, platform) != platform:
+        elif PLATFORM_OF.get(chosen, device.platform) != device.platform:
             raise ConfigError(
-                f"config.model.attention={chosen} is a kernel for {PLATFORM_OF[chosen]} devices, these are {platform}; "
-                "leave it at auto."
+                f"config.model.attention={chosen} is a kernel for {PLATFORM_OF[chosen]} devices, these are "
+                f"{device.platform}; leave it at auto."
             )
         return dataclasses.replace(tower, attention=chosen)
 
+    image, text = config.image, config.text
     return PaliGemmaConfig(
-        image=of_tower(config.image, 0.0), text=of_tower(config.text, config.text.attn_logits_softcap)
+        image=of_tower(image, image.width // image.num_heads, 0.0),
+        text=of_tower(text, text.head_dim, text.attn_logits_softcap),
     )
 
 

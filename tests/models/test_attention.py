@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -9,9 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pgdist.models import attention, flash_attention
+from pgdist.errors import ConfigError
+from pgdist.mesh import make_mesh
+from pgdist.models import PaliGemma, attention, flash_attention
 from pgdist.models.attention import Visibility, attend
 from pgdist.models.paligemma import prefix_lm_visibility
+from pgdist.models.presets import PRESETS
+from pgdist.train.gathering import ShardedModel
 
 _IMAGE_TOKENS, _TEXT_TOKENS = 144, 20  # neither the sum nor the image is a multiple of a kernel's block
 
@@ -81,16 +86,32 @@ def _run(implementation, inputs, visibility, cap, cotangent):
 
 
 @pytest.fixture(autouse=True)
-def _interpreted_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TPU's kernels run operation by operation, on the CPU."""
+def _kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TPU's kernel runs operation by operation; cuDNN's is the same function of JAX without cuDNN."""
+    plain = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn,
+        "dot_product_attention",
+        lambda *x, implementation, **more: plain(*x, implementation="xla", **more),
+    )
     make = flash_attention.splash_kernel.make_splash_mha
     monkeypatch.setattr(
         flash_attention.splash_kernel, "make_splash_mha", functools.partial(make, interpret=True)
     )
 
 
-@pytest.mark.parametrize("implementation", ["plain", "chunked", "splash"])
-@pytest.mark.parametrize("cap", [0.0, 2.0])
+@pytest.mark.parametrize(
+    ("implementation", "cap"),
+    [
+        ("plain", 0.0),
+        ("plain", 2.0),
+        ("chunked", 0.0),
+        ("chunked", 2.0),
+        ("splash", 0.0),
+        ("splash", 2.0),
+        ("cudnn", 0.0),
+    ],
+)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
 def test_prefix_lm_attention_is_the_formula_forward_and_backward(
     monkeypatch: pytest.MonkeyPatch, implementation: str, cap: float, heads: int, kv_heads: int
@@ -109,7 +130,7 @@ def test_prefix_lm_attention_is_the_formula_forward_and_backward(
         )
 
 
-@pytest.mark.parametrize("implementation", ["plain", "chunked", "splash"])
+@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
 def test_an_image_attends_to_all_of_itself(monkeypatch: pytest.MonkeyPatch, implementation: str) -> None:
     monkeypatch.setattr(attention, "_LOGITS_AT_ONCE", 2 * 4 * 50 * 144)
     inputs = _inputs(heads=4, kv_heads=4, size=72, queries=_IMAGE_TOKENS, keys=_IMAGE_TOKENS)
@@ -122,3 +143,46 @@ def test_an_image_attends_to_all_of_itself(monkeypatch: pytest.MonkeyPatch, impl
         np.testing.assert_allclose(
             gradients[name], exact, rtol=0, atol=3e-6 * np.abs(exact).max(), err_msg=name
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Device:
+    """As much of a jax.Device as is looked at."""
+
+    platform: str
+    compute_capability: str = "0"
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "expected"),
+    [
+        (Device(platform="tpu"), {}, "splash"),
+        (Device(platform="tpu"), {"length": 256}, "plain"),
+        (Device(platform="tpu"), {"logits_softcap": 50.0}, "splash"),
+        (Device(platform="gpu", compute_capability="9.0"), {}, "cudnn"),
+        (Device(platform="gpu", compute_capability="9.0"), {"length": 256}, "plain"),
+        (Device(platform="gpu", compute_capability="9.0"), {"logits_softcap": 50.0}, "chunked"),
+        (Device(platform="gpu", compute_capability="9.0"), {"head_dim": 256}, "chunked"),
+        (Device(platform="gpu", compute_capability="9.0"), {"dtype": "float32"}, "chunked"),
+        (Device(platform="gpu", compute_capability="7.5"), {}, "chunked"),
+        (Device(platform="cpu"), {}, "chunked"),
+    ],
+)
+def test_a_kernel_is_chosen_where_it_can_do_the_work(device: Device, changes: dict, expected: str) -> None:
+    case = {"length": 1024, "head_dim": 72, "dtype": "bfloat16"} | changes
+    assert attention.choose(device, **case) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "message"),
+    [
+        ("splash", "paligemma-3b-224", "splash is a kernel for tpu devices, these are cpu"),
+        ("cudnn", "paligemma-3b-224", "cudnn is a kernel for gpu devices, these are cpu"),
+        ("cudnn", "paligemma2-3b-224", "cuDNN has no soft-cap of attention logits"),
+    ],
+)
+def test_a_kernel_that_cannot_do_the_work_is_a_config_error(name: str, preset: str, message: str) -> None:
+    model = PaliGemma(PRESETS[preset])
+    with pytest.raises(ConfigError, match=f"config.model.attention={name}") as caught:
+        ShardedModel(model, mesh=make_mesh(), parameters={}, attention=name)
+    assert message in str(caught.value)
