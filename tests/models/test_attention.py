@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 
 from pgdist.errors import ConfigError
-from pgdist.mesh import make_mesh
 from pgdist.models import PaliGemma, attention, flash_attention
 from pgdist.models.attention import Visibility, attend
 from pgdist.models.paligemma import prefix_lm_visibility
@@ -174,15 +174,17 @@ def test_a_kernel_is_chosen_where_it_can_do_the_work(device: Device, changes: di
 
 
 @pytest.mark.parametrize(
-    ("name", "preset", "message"),
+    ("name", "platform", "preset", "message"),
     [
-        ("splash", "paligemma-3b-224", "splash is a kernel for tpu devices, these are cpu"),
-        ("cudnn", "paligemma-3b-224", "cudnn is a kernel for gpu devices, these are cpu"),
-        ("cudnn", "paligemma2-3b-224", "cuDNN has no soft-cap of attention logits"),
+        ("splash", "cpu", "paligemma-3b-224", "splash is a kernel for tpu devices, these are cpu"),
+        ("cudnn", "tpu", "paligemma-3b-224", "cudnn is a kernel for gpu devices, these are tpu"),
+        ("cudnn", "gpu", "paligemma2-3b-224", "cuDNN has no soft-cap of attention logits"),
     ],
 )
-def test_a_kernel_that_cannot_do_the_work_is_a_config_error(name: str, preset: str, message: str) -> None:
-    model = PaliGemma(PRESETS[preset])
+def test_a_kernel_that_cannot_do_the_work_is_a_config_error(
+    name: str, platform: str, preset: str, message: str
+) -> None:
+    mesh = types.SimpleNamespace(devices=np.array([Device(platform=platform)]))
     with pytest.raises(ConfigError, match=f"config.model.attention={name}") as caught:
-        ShardedModel(model, mesh=make_mesh(), parameters={}, attention=name)
+        ShardedModel(PaliGemma(PRESETS[preset]), mesh=mesh, parameters={}, attention=name)
     assert message in str(caught.value)
