@@ -69,10 +69,10 @@ def main(*more_images: str) -> None:
     from pgdist.config import check_values
     from pgdist.inference import load_model, read_run_config
 
-    program_cache.open_cache(_WORKDIR.value or "")
     config = _CONFIG.value or read_run_config(_WORKDIR.value)
     check_values(config)
     health.check(config)
+    program_cache.open_cache(_WORKDIR.value or "")
     # Devices need not be those of the training run.
     config.mesh.data = config.mesh.fsdp = -1
     weights = _find_weights(config)

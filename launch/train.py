@@ -50,8 +50,8 @@ def main() -> None:
             raise ConfigError("--profile is for steps that run; --compile_only runs none")
         _compile()
         return
-    if _TOPOLOGY.value or _DUMP.value:
-        raise ConfigError("--topology and --dump are for --compile_only.")
+    if _TOPOLOGY.value or _DUMP.value or _SLICES.value > 1:
+        raise ConfigError("--topology, --slices and --dump are for --compile_only.")
     entry.require("config", "workdir")
     # An agent counts the signals itself, and everybody may have been sent them.
     with StopRequest(second_ends=heartbeat.VARIABLE not in os.environ) as stop:

@@ -31,6 +31,7 @@ _FREE_FIELDS = (
     "checkpoint.",
     "data.workers",
     "data.max_bad_share",
+    "model.attention",
     "model.remat",
     "gradient_accumulation_steps",
     "export",

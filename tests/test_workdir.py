@@ -105,6 +105,7 @@ def test_fields_that_do_not_change_the_result_may_differ(begun):
                 "checkpoint.every": 7,
                 "checkpoint.keep": 5,
                 "data.workers": 2,
+                "model.attention": "chunked",
                 "model.remat": "full",
                 "gradient_accumulation_steps": 2,
                 "export": False,

@@ -8,6 +8,7 @@ time, and again in the backward pass, so that memory grows with the length and n
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 
 import flax.struct
@@ -91,12 +92,30 @@ def choose(
     """
     if length < _LONG:
         return "plain"
-    if device.platform == "tpu":
-        return "splash"
-    capability = float(getattr(device, "compute_capability", 0))  # GPUs have one
-    if capability >= 8.0 and jnp.dtype(dtype).itemsize == 2 and head_dim <= 128 and not logits_softcap:
-        return "cudnn"
-    return "chunked"
+    task = {"head_dim": head_dim, "dtype": dtype, "logits_softcap": logits_softcap}
+    kernels = (name for name in PLATFORM_OF if why_not(name, device, **task) is None)
+    return next(kernels, "chunked")
+
+
+def why_not(
+    implementation: str, device: jax.Device, *, head_dim: int, dtype: DTypeLike, logits_softcap: float
+) -> str | None:
+    """What keeps the device from computing attention in this way; None where nothing does."""
+    platform = PLATFORM_OF.get(implementation)
+    if platform is None:
+        return None
+    if device.platform != platform:
+        return f"it is a kernel for {platform} devices, these are {device.platform}"
+    if jnp.dtype(dtype).itemsize != 2:
+        return f"it is a kernel for bfloat16 and float16, this is {jnp.dtype(dtype)}"
+    if implementation == "cudnn":
+        if logits_softcap:
+            return "cuDNN has no soft-cap of attention logits, which this preset has"
+        if head_dim > 128:
+            return f"cuDNN's heads have at most 128 features, these have {head_dim}"
+        if not re.fullmatch(r"([89]|\d\d+)\.\d+", getattr(device, "compute_capability", "")):
+            return "cuDNN's attention needs an NVIDIA GPU of compute capability 8.0 or more"
+    return None
 
 
 def _mask(query_block: jax.Array, key_block: jax.Array) -> jax.Array:

@@ -12,8 +12,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 ATTENDED = "attended"
 
 _LANES = 128  # lengths of blocks are multiples of it
-# Tokens. A block of queries meets a block of keys in vector memory, of which a v5e has enough for these. In the
-# backward pass each block of keys writes gradients of all queries: the fewer there are, the better.
+# Tokens, of two-byte floats. A block of queries meets a block of keys in vector memory, of which a v5e has enough for
+# these. In the backward pass each block of keys writes gradients of all queries: the fewer there are, the better.
 _LARGEST_QUERY_BLOCK, _LARGEST_KEY_BLOCK = 1024, 1536
 
 
@@ -27,7 +27,7 @@ def splash(
     mask = splash_mask.FullMask((query.shape[2], key.shape[2]))
     kernel = splash_kernel.make_splash_mha(
         splash_mask.MultiHeadMask([mask] * heads),
-        block_sizes=_block_sizes(query.shape[2], key.shape[2]),
+        block_sizes=_block_sizes(query.shape[2], key.shape[2], has_softcap=bool(cap)),
         attn_logits_soft_cap=cap or None,
         residual_checkpoint_name=ATTENDED,
         head_shards=1,
@@ -64,8 +64,10 @@ def _in_lanes(x: jax.Array, fill: bool = False) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
 
 
-def _block_sizes(queries: int, keys: int) -> splash_kernel.BlockSizes:
-    block_q, block_kv = _block(queries, _LARGEST_QUERY_BLOCK), _block(keys, _LARGEST_KEY_BLOCK)
+def _block_sizes(queries: int, keys: int, *, has_softcap: bool) -> splash_kernel.BlockSizes:
+    # Capped logits are kept beside those that are not.
+    block_q = _block(queries, _LARGEST_QUERY_BLOCK // (2 if has_softcap else 1))
+    block_kv = _block(keys, _LARGEST_KEY_BLOCK)
     return splash_kernel.BlockSizes(
         block_q=block_q,
         block_kv=block_kv,

@@ -184,8 +184,10 @@ def _group_size(line: str) -> int | None:
 def attention_flops(line: str) -> int | None:
     """Of the matrix products of an attention kernel, by its operands' shapes; None for any other kernel.
 
-    Full attention: 4 * heads * queries * keys * head size forward, 8 for the gradients of keys and values, 6 for
-    that of queries; head sizes count as 128 at least, the width of the matrix unit.
+    Full attention: 4 * heads * queries * keys * head size forward, and backward, by the names of two separate kernels,
+    8 for the gradients of keys and values (dkv) and 6 for that of queries (dq). The fused backward kernel does 10 under
+    the name dkv, and is charged its 8, as in the counts that pgdist is compared with. Head sizes count as 128 at least,
+    the width of the matrix unit.
     """
     name = name_of(line)
     if not _ATTENTION.search(name):

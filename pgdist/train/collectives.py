@@ -10,8 +10,8 @@ def sum_and_scatter(x: jax.Array, axis_name: str, *, axis: int) -> jax.Array:
 
     This is `jax.lax.psum_scatter`, which on TPUs and GPUs moves the least. Between CPU processes it is wrong up to
     jaxlib 0.12 at least: Gloo's reduce-scatter writes its result over what it has not sent yet, so that now and then
-    the end of the first device's part is garbage when parts are larger than some 60 KiB (jax issue 40830). There
-    everything is added up everywhere, which moves twice as much.
+    the end of the first device's part is garbage when parts are larger than some 60 KiB
+    (https://github.com/jax-ml/jax/issues/40830). There everything is added up everywhere, which moves twice as much.
     """
     if not _goes_through_gloo():
         return jax.lax.psum_scatter(x, axis_name, scatter_dimension=axis, tiled=True)

@@ -25,7 +25,7 @@ from pgdist.errors import ConfigError
 PyTree = Any
 THREAD = "pgdist-compile"  # what its name begins with
 
-# Documented in no list; JAX's own dashboards count them.
+# These names of events are documented in no list; JAX's own dashboards count them.
 _EVENTS = "/jax/compilation_cache/"
 # What the TPU's compiler says of a program that is too large: the two figures stand in one of these.
 _TOO_LARGE = (
@@ -56,7 +56,7 @@ def compile_program(lowered: jax.stages.Lowered, *, saves_memory: str) -> Compil
     return Compilation(
         program=program,
         seconds=time.perf_counter() - started,
-        cache="off" if _ASKED not in events else "hit" if _HIT in events else "miss",
+        cache=_source(events),
         is_kept=_KEPT in events,
     )
 
@@ -89,6 +89,12 @@ class BackgroundStep:
         program = self.wait().program
         with _explaining_memory(self._saves_memory):
             return program(state, frozen, batch)
+
+
+def _source(events: set[str]) -> Literal["hit", "miss", "off"]:
+    if _ASKED not in events or not jax.config.jax_compilation_cache_dir:
+        return "off"
+    return "hit" if _HIT in events else "miss"
 
 
 def is_compiling() -> bool:
@@ -131,7 +137,8 @@ def _explaining_memory(saves_memory: str) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        # Of the memory on a TPU's chip there may be too little for one operation: no field of the config helps.
+        if "RESOURCE_EXHAUSTED" not in str(error) or "vmem" in str(error).lower():
             raise
         shortage = _describe_shortage(str(error))
         raise ConfigError(f"The step does not fit: {shortage}. What helps: {saves_memory}.") from error

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from pgdist.errors import ConfigError
 from pgdist.mesh import AXES
-from pgdist.models.attention import PLATFORM_OF, choose
+from pgdist.models.attention import choose, why_not
 from pgdist.models.paligemma import PaliGemma, PaliGemmaConfig
 from pgdist.parameters import flatten, map_named, merge
 from pgdist.train.accumulation import sum_over_microbatches
@@ -178,26 +178,14 @@ def _with_attention(config: PaliGemmaConfig, attention: str, mesh: Mesh) -> Pali
     device = mesh.devices.flat[0]
 
     def of_tower(tower: Any, head_dim: int, logits_softcap: float) -> Any:
-        chosen = attention
-        if chosen == "auto":
-            chosen = choose(
-                device,
-                length=config.image.num_tokens,  # text is short beside it
-                head_dim=head_dim,
-                dtype=tower.dtype,
-                logits_softcap=logits_softcap,
+        task = {"head_dim": head_dim, "dtype": tower.dtype, "logits_softcap": logits_softcap}
+        if attention == "auto":  # text is short beside the image
+            return dataclasses.replace(
+                tower, attention=choose(device, length=config.image.num_tokens, **task)
             )
-        elif chosen == "cudnn" and logits_softcap:
-            raise ConfigError(
-                "config.model.attention=cudnn: cuDNN has no soft-cap of attention logits, which this preset has; "
-                "leave it at auto."
-            )
-        elif PLATFORM_OF.get(chosen, device.platform) != device.platform:
-            raise ConfigError(
-                f"config.model.attention={chosen} is a kernel for {PLATFORM_OF[chosen]} devices, these are "
-                f"{device.platform}; leave it at auto."
-            )
-        return dataclasses.replace(tower, attention=chosen)
+        if reason := why_not(attention, device, **task):
+            raise ConfigError(f"config.model.attention={attention}: {reason}; leave it at auto.")
+        return dataclasses.replace(tower, attention=attention)
 
     image, text = config.image, config.text
     return PaliGemmaConfig(

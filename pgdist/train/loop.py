@@ -98,7 +98,7 @@ class Loop:
     def _dispatch(
         self, step: int, state: TrainState, batch: dict[str, jax.Array], log: _StepLog, *, is_first: bool
     ) -> TrainState:
-        """Hands a step to the device; the first one of a run is compiled before that."""
+        """Hands a step to the device; the first one of a run waits for its program."""
         handed_over = time.perf_counter()
         state, metrics = self.step(state, self.frozen, batch)
         if is_first:

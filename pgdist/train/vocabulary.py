@@ -114,7 +114,7 @@ def _score(how, hidden, table, targets, weights, *, with_gradients):
             all_losses = vocabulary * normalizer - _sum(jnp.sum(logits, axis=-1), axis)
             loss = on_target * loss + on_others * all_losses
         correct = target_logit >= largest
-        ours = _own_rows(jnp.stack([jnp.sum(loss * weights, axis=-1)], axis=-1), axis)[:, 0]
+        ours = _own_rows(jnp.sum(loss * weights, axis=-1), axis)
         found = (jnp.sum(ours), _own_rows(correct.astype(jnp.float32), axis))
         if not with_gradients:
             return d_table, (*found, None)

@@ -97,7 +97,10 @@ COMMAND_LINE = {
 COMPILE_ONLY = {
     "compile without a config": Case("train --compile_only", 2, r"--config must be given"),
     "topology without compile_only": Case(
-        TRAIN + " --topology=v5e:4x4", 2, r"--topology and --dump are for --compile_only"
+        TRAIN + " --topology=v5e:4x4", 2, r"--topology, --slices and --dump are for --compile_only"
+    ),
+    "slices without compile_only": Case(
+        TRAIN + " --slices=2", 2, r"--topology, --slices and --dump are for --compile_only"
     ),
     "slices of no topology": Case(COMPILE + " --slices=2", 2, r"--slices is for --topology"),
     "topology without a shape": Case(

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from pgdist.errors import ConfigError
-from pgdist.models import PaliGemma, attention, flash_attention
+from pgdist.models import PaliGemma, attention, flash_attention, presets
 from pgdist.models.attention import Visibility, attend
 from pgdist.models.paligemma import prefix_lm_visibility
-from pgdist.models.presets import PRESETS
 from pgdist.train.gathering import ShardedModel
 
 _IMAGE_TOKENS, _TEXT_TOKENS = 144, 20  # neither the sum nor the image is a multiple of a kernel's block
@@ -43,7 +42,7 @@ def _prefix_lm(*, padding: int = 3) -> Visibility:
 
 
 def _exact(query, key, value, mask, cap):
-    """In float64, by the definition; gradients of sum(sin(.)) by hand are not needed: see `_exact_gradients`."""
+    """In float64, by the definition: what is attended, the probabilities, and the logits before the soft-cap."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     groups = query.shape[2] // key.shape[2]
     key, value = np.repeat(key, groups, axis=2), np.repeat(value, groups, axis=2)
@@ -159,12 +158,14 @@ class Device:
         (Device(platform="tpu"), {}, "splash"),
         (Device(platform="tpu"), {"length": 256}, "plain"),
         (Device(platform="tpu"), {"logits_softcap": 50.0}, "splash"),
+        (Device(platform="tpu"), {"dtype": "float32"}, "chunked"),
         (Device(platform="gpu", compute_capability="9.0"), {}, "cudnn"),
         (Device(platform="gpu", compute_capability="9.0"), {"length": 256}, "plain"),
         (Device(platform="gpu", compute_capability="9.0"), {"logits_softcap": 50.0}, "chunked"),
         (Device(platform="gpu", compute_capability="9.0"), {"head_dim": 256}, "chunked"),
         (Device(platform="gpu", compute_capability="9.0"), {"dtype": "float32"}, "chunked"),
         (Device(platform="gpu", compute_capability="7.5"), {}, "chunked"),
+        (Device(platform="gpu", compute_capability="gfx942"), {}, "chunked"),
         (Device(platform="cpu"), {}, "chunked"),
     ],
 )
@@ -173,18 +174,60 @@ def test_a_kernel_is_chosen_where_it_can_do_the_work(device: Device, changes: di
     assert attention.choose(device, **case) == expected
 
 
+HOPPER = Device(platform="gpu", compute_capability="9.0")
+
+
 @pytest.mark.parametrize(
-    ("name", "platform", "preset", "message"),
+    ("name", "device", "preset", "dtype", "message"),
     [
-        ("splash", "cpu", "paligemma-3b-224", "splash is a kernel for tpu devices, these are cpu"),
-        ("cudnn", "tpu", "paligemma-3b-224", "cudnn is a kernel for gpu devices, these are tpu"),
-        ("cudnn", "gpu", "paligemma2-3b-224", "cuDNN has no soft-cap of attention logits"),
+        (
+            "splash",
+            Device(platform="cpu"),
+            "paligemma-3b-224",
+            "bfloat16",
+            "for tpu devices, these are cpu",
+        ),
+        (
+            "splash",
+            Device(platform="tpu"),
+            "paligemma-3b-224",
+            "float32",
+            "for bfloat16 and float16, this is float32",
+        ),
+        (
+            "cudnn",
+            Device(platform="gpu", compute_capability="9.0"),
+            "paligemma2-28b-224",
+            "bfloat16",
+            "has no soft-cap",
+        ),
+        (
+            "cudnn",
+            Device(platform="gpu", compute_capability="9.0"),
+            "paligemma-3b-224",
+            "bfloat16",
+            "these have 256",
+        ),
+        (
+            "cudnn",
+            Device(platform="gpu", compute_capability="7.5"),
+            "paligemma-3b-224",
+            "float16",
+            "capability 8.0",
+        ),
+        (
+            "cudnn",
+            Device(platform="gpu", compute_capability="gfx942"),
+            "paligemma-3b-224",
+            "bfloat16",
+            "NVIDIA GPU",
+        ),
     ],
 )
 def test_a_kernel_that_cannot_do_the_work_is_a_config_error(
-    name: str, platform: str, preset: str, message: str
+    name: str, device: Device, preset: str, dtype: str, message: str
 ) -> None:
-    mesh = types.SimpleNamespace(devices=np.array([Device(platform=platform)]))
-    with pytest.raises(ConfigError, match=f"config.model.attention={name}") as caught:
-        ShardedModel(PaliGemma(PRESETS[preset]), mesh=mesh, parameters={}, attention=name)
-    assert message in str(caught.value)
+    mesh = types.SimpleNamespace(devices=np.array([device]))
+    model = PaliGemma(presets.preset(preset, image_dtype=dtype, text_dtype=dtype))
+    with pytest.raises(ConfigError, match=f"config.model.attention={name}: .*{message}.*leave it at auto"):
+        ShardedModel(model, mesh=mesh, parameters={}, attention=name)

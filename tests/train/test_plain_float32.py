@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from pgdist.mesh import batch_sharding, make_mesh, parameter_sharding, put_batch
-from pgdist.models import PaliGemma, PaliGemmaConfig
+from pgdist.models import PaliGemma, PaliGemmaConfig, attention
 from pgdist.parameters import flatten, unflatten
 from pgdist.train.gathering import ShardedModel
 from tests.models.small import SMALL, flat_shapes, random_parameters, with_image, with_text
@@ -44,12 +44,12 @@ def plain() -> tuple[float, dict[str, np.ndarray]]:
 
 
 def optimised(
-    config: PaliGemmaConfig, *, data: int, fsdp: int, trained: str
+    config: PaliGemmaConfig, *, data: int, fsdp: int, trained: str, how_attended: str = "auto"
 ) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and gradients of the parameters that match `trained`."""
     mesh = make_mesh(data=data, fsdp=fsdp)
     placement = {name: parameter_sharding(mesh, name, shape) for name, shape in flat_shapes(config).items()}
-    model = ShardedModel(PaliGemma(config), mesh=mesh, parameters=placement)
+    model = ShardedModel(PaliGemma(config), mesh=mesh, parameters=placement, attention=how_attended)
     params = flatten(random_parameters(config, seed=0))
     trainable = {name: array for name, array in params.items() if re.fullmatch(trained, name)}
     frozen = {name: array for name, array in params.items() if name not in trainable}
@@ -69,21 +69,26 @@ def assert_near(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], *
 
 
 @pytest.mark.parametrize(
-    ("mesh", "remat", "trained"),
+    ("mesh", "remat", "trained", "how_attended"),
     [
-        ((1, 8), "none", EVERYTHING),
-        ((1, 8), "dots", ATTENTION),
-        ((1, 8), "full", EVERYTHING),
-        ((2, 4), "none", ATTENTION),
-        ((2, 4), "dots", EVERYTHING),
-        ((2, 4), "full", EVERYTHING),
+        ((1, 8), "none", EVERYTHING, "plain"),
+        ((1, 8), "dots", ATTENTION, "plain"),
+        ((1, 8), "full", EVERYTHING, "plain"),
+        ((2, 4), "none", ATTENTION, "plain"),
+        ((2, 4), "dots", EVERYTHING, "chunked"),
+        ((2, 4), "full", EVERYTHING, "plain"),
     ],
     ids=str,
 )
-def test_float32_loss_and_gradients_are_the_plain_ones(mesh, remat, trained):
+def test_float32_loss_and_gradients_are_the_plain_ones(monkeypatch, mesh, remat, trained, how_attended):
+    monkeypatch.setattr(
+        attention, "_LOGITS_AT_ONCE", 512
+    )  # of 768 for an image, 3,600 for a row of all tokens
     config = with_image(with_text(CONFIG, remat=remat), remat=remat)
 
-    loss, gradients = optimised(config, data=mesh[0], fsdp=mesh[1], trained=trained)
+    loss, gradients = optimised(
+        config, data=mesh[0], fsdp=mesh[1], trained=trained, how_attended=how_attended
+    )
 
     expected_loss, expected = plain()
     assert loss == pytest.approx(expected_loss, rel=IN_A_ROW * ONE_ROUNDING["float32"])

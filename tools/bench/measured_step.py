@@ -42,14 +42,11 @@ def main() -> None:
 
     from pgdist.chips import peak_flops
     from pgdist.config import check_values
-    from pgdist.mesh import check_batch_size
-    from pgdist.models.flops import training_flops
     from pgdist.parts import Parts
 
     config = _CONFIG.value
     check_values(config)
     parts = Parts(config)
-    check_batch_size(config.batch_size, parts.mesh)
     inputs = parts.step_inputs()
     started = time.perf_counter()
     step = parts.train_step.lower(inputs.state, inputs.frozen, inputs.batch).compile()
@@ -64,12 +61,7 @@ def main() -> None:
         jax.block_until_ready(state)
         seconds.append(time.perf_counter() - started)
     median = statistics.median(seconds[_WARM_UP:])
-    flops = training_flops(
-        parts.model.config,
-        text_length=config.data.text_length,
-        max_scored_positions=config.data.max_scored_positions,
-        trainable=[name for name, scale in parts.scales.items() if scale],
-    )
+    flops = parts.flops_per_example
     peak = peak_flops(parts.mesh.devices.flat[0])
     memory = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
     found = {
