@@ -62,7 +62,8 @@ def test_a_connection_that_is_reset_is_made_again(site, environment):
     site.reset[SHARD] = 2
     found = fetch(MODEL, environment=environment)
     assert (found.path / SHARD).read_bytes() == WEIGHTS
-    assert "the connection broke off; going on" in found.log and len(site.downloads("config.json")) == 1
+    # Whether the library or pgdist goes on depends on what the reset does to bytes that are still on the way.
+    assert len(site.downloads(SHARD)) == 3 and len(site.downloads("config.json")) == 1
 
 
 def test_damaged_bytes_are_fetched_again(site, environment):
