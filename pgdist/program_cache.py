@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 from absl import logging
+from jax.experimental.compilation_cache import compilation_cache
 
 from pgdist import files
 from pgdist.hub import cache
@@ -25,7 +26,14 @@ def open_cache(workdir: str) -> Path | None:
     What JAX was told already wins, by JAX_COMPILATION_CACHE_DIR or otherwise; an empty name means none. Else a process
     that is alone has a folder of its user's, `programs` beside what pgdist has fetched; several share one in `workdir`,
     which all of them see: none where that is "" or a bucket.  A folder that cannot be made is said, and left alone.
+
+    Several processes on CPUs keep nothing, whatever JAX was told: a program that jaxlib 0.10.2 reads back no longer
+    keeps the order of its collectives, so that processes send each other the wrong ones and abort.
     """
+    if jax.default_backend() == "cpu" and jax.process_count() > 1:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+        return None
     if (chosen := jax.config.jax_compilation_cache_dir or os.environ.get(VARIABLE)) is not None:
         # JAX would take an empty one for the current folder, for some of what it keeps.
         jax.config.update("jax_compilation_cache_dir", chosen or None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from pgdist import program_cache
 from pgdist.program_cache import open_cache
@@ -15,8 +16,9 @@ def chosen(monkeypatch):
     before = jax.config.jax_compilation_cache_dir
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
 
-    def choose(workdir="", *, processes=1):
+    def choose(workdir="", *, processes=1, backend="gpu"):
         jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
         monkeypatch.setattr(jax, "process_count", lambda: processes)
         found = open_cache(str(workdir))
         assert jax.config.jax_compilation_cache_dir == (None if found is None else str(found))
@@ -24,6 +26,7 @@ def chosen(monkeypatch):
 
     yield choose
     jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
 
 
 def test_a_process_alone_keeps_programs_in_a_folder_that_only_its_user_can_open(
@@ -37,6 +40,12 @@ def test_a_process_alone_keeps_programs_in_a_folder_that_only_its_user_can_open(
 
 def test_processes_of_a_job_share_the_folder_in_their_workdir(chosen, tmp_path):
     assert chosen(tmp_path / "run", processes=2) == tmp_path / "run" / program_cache.IN_WORKDIR
+
+
+def test_several_processes_on_cpus_keep_nothing_whatever_jax_was_told(chosen, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "mine"))
+    assert chosen(tmp_path / "run", processes=2, backend="cpu") is None
+    assert chosen(tmp_path / "run", processes=1, backend="cpu") == tmp_path / "mine"
 
 
 @pytest.mark.parametrize("workdir", ["", "gs://bucket/run"])
