@@ -10,6 +10,7 @@ dtype of the parameters.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import flax.linen as nn
 import flax.struct
@@ -151,10 +152,21 @@ def _form_gradient(_: None, gradient: jax.Array) -> tuple[jax.Array]:
 _with_gradient_formed.defvjp(lambda x: (x, None), _form_gradient)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplitMlp:
+    """For hidden units that are split over devices.  gather: rows [M, D] of one device -> those of all of them.
+    scatter: a device's share of the results for all rows -> the sum of all shares, for its own rows.
+    """
+
+    gather: Callable[[jax.Array], jax.Array]
+    scatter: Callable[[jax.Array], jax.Array]
+
+
 class GatedMlp(nn.Module):
     """GeGLU: (gelu(x @ gate) * (x @ up)) @ linear, with tanh-GELU."""
 
     config: GemmaConfig
+    split: SplitMlp | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -168,14 +180,17 @@ class GatedMlp(nn.Module):
         shape = x.shape
         # One [B*T, D] matrix: XLA's CPU backend multiplies it faster than a batch of small ones.
         x = x.reshape(-1, c.width)
+        x = self.split.gather(x) if self.split else x
         gate, up = (_with_gradient_formed(x @ gating[i]) for i in (0, 1))
-        return ((nn.gelu(gate, approximate=True) * up) @ linear).reshape(shape)
+        y = (nn.gelu(gate, approximate=True) * up) @ linear
+        return (self.split.scatter(y) if self.split else y).reshape(shape)
 
 
 class Block(nn.Module):
     """Attention and MLP, each behind a norm (Gemma 2: between two) and beside a residual connection."""
 
     config: GemmaConfig
+    split_mlp: SplitMlp | None = None
 
     @nn.compact
     def __call__(
@@ -193,7 +208,7 @@ class Block(nn.Module):
         if c.post_norms:
             y = RMSNorm(name="post_attention_norm")(y)
         x = x + y
-        y = GatedMlp(c, name="mlp")(RMSNorm(name="pre_ffw_norm")(x))
+        y = GatedMlp(c, self.split_mlp, name="mlp")(RMSNorm(name="pre_ffw_norm")(x))
         if c.post_norms:
             y = RMSNorm(name="post_ffw_norm")(y)
         return x + y, cache
@@ -232,6 +247,7 @@ class Gemma(nn.Module):
 
     config: GemmaConfig
     layer_params: LayerParams | None = None
+    split_mlp: SplitMlp | None = None
 
     def setup(self) -> None:
         c = self.config
@@ -242,7 +258,7 @@ class Gemma(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.depth,
-        )(c)
+        )(c, self.split_mlp)
         self.final_norm = RMSNorm()
 
     def embed(self, tokens: jax.Array) -> jax.Array:

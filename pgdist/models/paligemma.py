@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pgdist.models.attention import NEVER, Visibility
-from pgdist.models.gemma import Gemma, GemmaConfig, KVCache
+from pgdist.models.gemma import Gemma, GemmaConfig, KVCache, SplitMlp
 from pgdist.models.remat import LayerParams
 from pgdist.models.siglip import Siglip, SiglipConfig
 
@@ -73,10 +73,11 @@ class PaliGemma(nn.Module):
     config: PaliGemmaConfig
     image_layer_params: LayerParams | None = None
     text_layer_params: LayerParams | None = None
+    split_mlp: SplitMlp | None = None
 
     def setup(self) -> None:
         self.img = Siglip(self.config.image, self.image_layer_params)
-        self.llm = Gemma(self.config.text, self.text_layer_params)
+        self.llm = Gemma(self.config.text, self.text_layer_params, self.split_mlp)
 
     def __call__(
         self, image: jax.Array, text: jax.Array, mask_ar: jax.Array, input_mask: jax.Array | None = None
@@ -124,9 +125,20 @@ class PaliGemma(nn.Module):
         prompt: int[B, P], right-padded.  input_mask: bool[B, P].  The cache has S = N + P + max_new_tokens
         slots.
         """
+        last, state = self.prefill_embedded(
+            image, self.llm.embed(prompt), input_mask, max_new_tokens=max_new_tokens
+        )
+        return self.llm.logits(last), state
+
+    def prefill_embedded(
+        self, image: jax.Array, embedded: jax.Array, input_mask: jax.Array, *, max_new_tokens: int
+    ) -> tuple[jax.Array, DecodingState]:
+        """As `prefill`, of a prompt dtype[B, P, D] that is embedded already; returns instead of logits what they are
+        formed of, dtype[B, D].
+        """
         image_tokens = self.img(image)
         n = image_tokens.shape[1]
-        x = jnp.concatenate([image_tokens.astype(self.config.text.dtype), self.llm.embed(prompt)], axis=1)
+        x = jnp.concatenate([image_tokens.astype(self.config.text.dtype), embedded], axis=1)
         visible = jnp.pad(input_mask.astype(bool), ((0, 0), (n, 0)), constant_values=True)
         positions = jnp.cumsum(visible, axis=1) - 1
         hidden, kv = self.llm(x, positions=positions, visibility=_sees_all(x, visible))
@@ -140,14 +152,20 @@ class PaliGemma(nn.Module):
             position=count,
             slot=jnp.asarray(x.shape[1], jnp.int32),
         )
-        return self.llm.logits(last), state
+        return last, state
 
     def extend(self, token: jax.Array, state: DecodingState) -> tuple[jax.Array, DecodingState]:
         """Reads one token of each row, int[B]; returns the next one's logits, float32[B, V], and the new
         state.
         """
+        hidden, state = self.extend_embedded(self.llm.embed(token[:, None]), state)
+        return self.llm.logits(hidden), state
+
+    def extend_embedded(self, x: jax.Array, state: DecodingState) -> tuple[jax.Array, DecodingState]:
+        """As `extend`, of a token dtype[B, 1, D] that is embedded already; returns instead of logits what they are
+        formed of, dtype[B, D].
+        """
         visible = state.visible.at[:, state.slot].set(True)
-        x = self.llm.embed(token[:, None])
         hidden, kv = self.llm(
             x,
             positions=state.position[:, None],
@@ -156,7 +174,7 @@ class PaliGemma(nn.Module):
             slot=state.slot,
         )
         state = DecodingState(kv=kv, visible=visible, position=state.position + 1, slot=state.slot + 1)
-        return self.llm.logits(hidden[:, 0]), state
+        return hidden[:, 0], state
 
 
 def compute_dtype(config: PaliGemmaConfig, name: str) -> jnp.dtype | None:

@@ -89,7 +89,7 @@ class ShardedModel:
         """parameters: where each parameter lives, by name.  attention: how it is computed (see `models.attention`)."""
         self._mesh = mesh
         self._specs = {name: sharding.spec for name, sharding in parameters.items()}
-        self._split = {name: _split_axis(spec) for name, spec in self._specs.items()}
+        self._split = {name: split_axis(spec) for name, spec in self._specs.items()}
         self._dtypes = {"img": model.config.image.dtype, "llm": model.config.text.dtype}
         config = _with_attention(model.config, attention, mesh)
         self._model = PaliGemma(config, self._layer_params("img"), self._layer_params("llm"))
@@ -194,6 +194,6 @@ def _with_attention(config: PaliGemmaConfig, attention: str, mesh: Mesh) -> Pali
     )
 
 
-def _split_axis(spec: PartitionSpec) -> int | None:
+def split_axis(spec: PartitionSpec) -> int | None:
     """The axis that `fsdp` splits, None for an array that is whole."""
     return list(spec).index(FSDP) if FSDP in spec else None
