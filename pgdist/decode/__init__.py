@@ -1,7 +1,7 @@
-"""From images and prompts to answers: greedy decoding over a KV cache, in padded global batches."""
+"""From images and prompts to answers: one compiled loop over a KV cache, in padded global batches."""
 
-from pgdist.decode.decoder import Decoded, Decoder
+from pgdist.decode.decoder import Answer, Decoded, Decoder
 from pgdist.decode.generation import generate
-from pgdist.decode.greedy import GreedyTokens, greedy_decode
+from pgdist.decode.sampling import Sampling
 
-__all__ = ["Decoded", "Decoder", "GreedyTokens", "generate", "greedy_decode"]
+__all__ = ["Answer", "Decoded", "Decoder", "Sampling", "generate"]

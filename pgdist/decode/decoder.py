@@ -1,6 +1,6 @@
 """Decoding a stream of padded global batches, with one result for each example on every process.
 
-Each process brings its own rows of a batch; the tokens come back whole to all of them, so that scoring and
+Each process brings its own rows of a batch; the answers come back whole to all of them, so that scoring and
 writing need no further exchange and no shared filesystem. The device works on one batch while the host reads
 the answers of the last.
 """
@@ -8,20 +8,32 @@ the answers of the last.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pgdist.decode.greedy import greedy_decode
-from pgdist.mesh import batch_sharding, put_batch, replicated
-from pgdist.models.paligemma import PaliGemma, compute_dtype
-from pgdist.parameters import map_named
+from pgdist.decode import loop
+from pgdist.decode.loop import Carry, Search, make_search
+from pgdist.decode.placement import decoding_shardings
+from pgdist.decode.sampling import Sampling, Sequences
+from pgdist.decode.steps import ROWS, SplitSteps, Steps, WholeSteps, map_over_mesh
+from pgdist.mesh import AXES, batch_sharding, put_batch, replicated
+from pgdist.models.paligemma import DecodingState, PaliGemma, compute_dtype
+from pgdist.parameters import flatten, map_named
 
+PyTree = Any
 _DECODED_ARRAYS = ("image", "text", "mask_input", "mask_ar", "weight", "index")
+# Where each part of what the loop carries lies: by row, but for counters, and the cache, whose rows are axis 1.
+_CARRY = Carry(
+    step=PartitionSpec(),
+    token=ROWS,
+    found=ROWS,
+    state=DecodingState(kv=PartitionSpec(None, AXES), visible=ROWS, position=ROWS, slot=PartitionSpec()),
+)
 
 
 class Batch(Protocol):
@@ -34,17 +46,33 @@ class Batch(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Decoded:
-    """One example's answer.
+class Answer:
+    """tokens: without the end-of-sequence token.  finished: False where the answer was cut at the token limit.
+    score: what the answers to one example are ordered by, see `pgdist.decode.sampling.Sequences`.  logprobs: of the
+    tokens in nats, that of the end-of-sequence token last where there is one.
+    """
 
-    index: the example's id in its source.  tokens: the answer without its end-of-sequence token.
-    finished: False when the answer was cut at the token limit.  valid: False for a bad record (weight 0), of
-    which there is no answer.
+    tokens: list[int]
+    finished: bool
+    score: float
+    logprobs: list[float]
+
+    @property
+    def logprob(self) -> float:
+        """Of the whole answer, in nats."""
+        return sum(self.logprobs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """One example's answers.
+
+    index: the example's id in its source.  answers: best first; none where the record is bad.  valid: False for a bad
+    record (weight 0).
     """
 
     index: int
-    tokens: list[int]
-    finished: bool
+    answers: tuple[Answer, ...]
     valid: bool
 
 
@@ -63,66 +91,156 @@ class Decoder:
     max_new_tokens: int
     eos_id: int
     pad_id: int = 0
+    sampling: Sampling = Sampling()
 
     def place(self, params: Mapping) -> Mapping:
-        """The nested parameters where decoding wants them: whole on every device.
+        """The nested parameters where decoding wants them (`pgdist.decode.placement`).
 
-        Sharded weights would be gathered again for every token. Arrays that are there already are shared, not
-        copied, so one chip needs no second set. Others are narrowed on the way to the dtype that the model
-        casts them to anyway: float32 masters travel, and lie, as bfloat16.
+        Arrays that are there already are shared, not copied, so one chip needs no second set. Others are narrowed on
+        the way to the dtype that the model casts them to anyway: float32 masters travel, and lie, as bfloat16.
         """
-        whole = replicated(self.mesh)
+        shardings = decoding_shardings(self.mesh, flatten(params))
 
         def place(name: str, array: jax.Array) -> jax.Array:
-            dtype = compute_dtype(self.model.config, name)
-            if self.mesh.size == 1 or dtype is None or dtype.itemsize >= array.dtype.itemsize:
-                return jax.device_put(array, whole)
-            return _narrow(array, dtype=dtype, sharding=whole)
+            dtype, sharding = compute_dtype(self.model.config, name), shardings[name]
+            is_narrow = dtype is None or dtype.itemsize >= array.dtype.itemsize
+            is_there = isinstance(array, jax.Array) and array.sharding.is_equivalent_to(sharding, array.ndim)
+            if self.mesh.size == 1 or is_narrow or is_there:
+                return jax.device_put(array, sharding)
+            return _narrow(array, dtype=dtype, sharding=sharding)
 
         return map_named(place, params)
 
     def decode_batches(self, params: Mapping, batches: Iterable[Batch]) -> Iterator[Decoded]:
-        """Answers in the order of the batches' rows, exactly one for each example, the same on every process.
+        """Answers in the order of the batches' rows, exactly one result for each example, the same on every process.
 
         params: the nested tree.  batches: this process's rows (`pgdist.mesh.host_rows`) of each global batch;
-        every process brings the same number of them. Rows of index -1 only fill a batch and have no answer.
+        every process brings the same number of them, each with as many columns of text as the others' of that batch.
+        Rows of index -1 only fill a batch and have no answer.
         """
         params = self.place(params)
-        sharding = batch_sharding(self.mesh)
         pending = None
         for batch in batches:
-            arrays = {name: np.asarray(batch.arrays[name]) for name in _DECODED_ARRAYS}
-            arrays["index"] = _as_int32(arrays["index"])
-            placed = put_batch(arrays, sharding=sharding, batch_size=self.batch_size)
-            dispatched = _decode_batch(
-                self.model,
-                params,
-                placed,
-                max_new_tokens=self.max_new_tokens,
-                eos_id=self.eos_id,
-                pad_id=self.pad_id,
-                sharding=sharding,
-            )
+            dispatched = _decode(self._program, params, self._put(batch), self._seed)
             if pending is not None:
                 yield from self._read(pending)
             pending = dispatched
         if pending is not None:
             yield from self._read(pending)
 
-    def _read(self, answers: Mapping[str, jax.Array]) -> Iterator[Decoded]:
-        tokens, weight, index = (np.asarray(answers[name]) for name in ("tokens", "weight", "index"))
+    def stream_batches(
+        self,
+        params: Mapping,
+        batches: Iterable[Batch],
+        *,
+        tokens_at_a_time: int,
+        on_tokens: Callable[[int, list[int]], None],
+    ) -> Iterator[Decoded]:
+        """As `decode_batches`, calling on_tokens(index, all tokens so far) whenever an example has more of them.
+
+        The loop is left for the host after so many tokens. Only of answers that grow token by token: not of beams, and
+        of the first candidate alone.
+        """
+        params = self.place(params)
+        for batch in batches:
+            placed = self._put(batch)
+            carry, answers = _begin(self._program, params, placed, self._seed)
+            heard: dict[int, int] = {}
+            for until in range(1, self.max_new_tokens + tokens_at_a_time, tokens_at_a_time):
+                if until > 1:
+                    carry, answers = _advance(
+                        self._program, params, carry, placed, np.int32(min(until, self.max_new_tokens))
+                    )
+                found = list(self._read(answers))
+                for each in found:
+                    tokens = each.answers[0].tokens if each.answers else []
+                    if len(tokens) > heard.get(each.index, 0):
+                        heard[each.index] = len(tokens)
+                        on_tokens(each.index, tokens)
+                if int(answers["step"]) < until:
+                    break
+            yield from found
+
+    @property
+    def _program(self) -> _Program:
+        return _Program(
+            model=self.model,
+            mesh=self.mesh,
+            search=make_search(
+                # The seed is an argument of the program: another one compiles nothing.
+                dataclasses.replace(self.sampling, seed=0),
+                max_new_tokens=self.max_new_tokens,
+                eos_id=self.eos_id,
+                pad_id=self.pad_id,
+            ),
+        )
+
+    @property
+    def _seed(self) -> np.uint32:
+        return np.uint32(self.sampling.seed)
+
+    def _put(self, batch: Batch) -> dict[str, jax.Array]:
+        arrays = {name: np.asarray(batch.arrays[name]) for name in _DECODED_ARRAYS}
+        arrays["index"] = _as_int32(arrays["index"])
+        return put_batch(arrays, sharding=batch_sharding(self.mesh), batch_size=self.batch_size)
+
+    def _read(self, answers: Mapping[str, Any]) -> Iterator[Decoded]:
+        weight, index = (np.asarray(answers[name]) for name in ("weight", "index"))
+        sequences = jax.tree.map(np.asarray, answers["sequences"])
         for row, example in enumerate(index):
             if example < 0:
                 continue
             valid = bool(weight[row] > 0)
-            ends = np.flatnonzero(tokens[row] == self.eos_id)
-            length = ends[0] if ends.size else self.max_new_tokens
-            yield Decoded(
-                index=int(example),
-                tokens=tokens[row, :length].tolist() if valid else [],
-                finished=valid and bool(ends.size),
-                valid=valid,
-            )
+            found = [
+                self._answer(sequences, row, number)
+                for number in range(self.sampling.n)
+                if valid and np.isfinite(sequences.scores[row, number])
+            ]
+            yield Decoded(index=int(example), answers=tuple(found), valid=valid)
+
+    def _answer(self, sequences: Sequences, row: int, number: int) -> Answer:
+        tokens, logprobs = sequences.tokens[row, number], sequences.logprobs[row, number]
+        ends = np.flatnonzero(tokens == self.eos_id)
+        length = int(ends[0]) if ends.size else self.max_new_tokens
+        return Answer(
+            tokens=tokens[:length].tolist(),
+            finished=bool(ends.size),
+            score=float(sequences.scores[row, number]),
+            logprobs=logprobs[: length + 1].tolist(),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Program:
+    """What a compiled program depends on beside the shapes of its arguments."""
+
+    model: PaliGemma
+    mesh: Mesh
+    search: Search
+
+    def run(
+        self, function: Callable[..., PyTree], params: Mapping, *arguments: Any, specs: Any, out: Any
+    ) -> PyTree:
+        """function(steps, *arguments), on each device with its rows and its shards where there are several."""
+        if self.mesh.size == 1:
+            return function(WholeSteps(model=self.model, params=params), *arguments)
+        shardings = decoding_shardings(self.mesh, flatten(params))
+
+        def on_device(params: Mapping, *arguments: Any) -> PyTree:
+            steps = SplitSteps(self.model, params, mesh=self.mesh, shardings=shardings)
+            return function(steps, *arguments)
+
+        placed = map_named(lambda name, _: shardings[name].spec, params)
+        return map_over_mesh(on_device, mesh=self.mesh, in_specs=(placed, *specs), out_specs=out)(
+            params, *arguments
+        )
+
+    def answers(
+        self, sequences: Sequences, step: jax.Array, batch: Mapping[str, jax.Array]
+    ) -> dict[str, Any]:
+        """All that the host wants to know, whole on every device."""
+        found = {"sequences": sequences, "weight": batch["weight"], "index": batch["index"], "step": step}
+        return jax.lax.with_sharding_constraint(found, replicated(self.mesh))
 
 
 @partial(jax.jit, static_argnames=("dtype", "sharding"))
@@ -130,29 +248,49 @@ def _narrow(array: jax.Array, *, dtype: np.dtype, sharding: NamedSharding) -> ja
     return jax.lax.with_sharding_constraint(array.astype(dtype), sharding)
 
 
-@partial(jax.jit, static_argnames=("model", "max_new_tokens", "sharding"))
-def _decode_batch(
-    model: PaliGemma,
-    params: Mapping,
-    batch: Mapping[str, jax.Array],
-    *,
-    max_new_tokens: int,
-    eos_id: int | jax.Array,
-    pad_id: int | jax.Array,
-    sharding: NamedSharding,
-) -> dict[str, jax.Array]:
-    """`greedy_decode`, its tokens int32[B, M] and the batch's weight and index whole on every device."""
-    found = greedy_decode(
-        model,
-        params,
-        batch,
-        max_new_tokens=max_new_tokens,
-        eos_id=eos_id,
-        pad_id=pad_id,
-        batch_sharding=sharding,
+@partial(jax.jit, static_argnums=0)
+def _decode(
+    program: _Program, params: Mapping, batch: Mapping[str, jax.Array], seed: jax.Array
+) -> dict[str, Any]:
+    """`pgdist.decode.loop.decode` of a global batch."""
+
+    def decode(steps: Steps, batch: Mapping[str, jax.Array], seed: jax.Array) -> PyTree:
+        return loop.decode(steps, program.search, batch, seed)
+
+    sequences, step = program.run(
+        decode, params, batch, seed, specs=(ROWS, PartitionSpec()), out=(ROWS, PartitionSpec())
     )
-    answers = {"tokens": found.tokens, "weight": batch["weight"], "index": batch["index"]}
-    return jax.lax.with_sharding_constraint(answers, replicated(sharding.mesh)) | {"steps": found.steps}
+    return program.answers(sequences, step, batch)
+
+
+@partial(jax.jit, static_argnums=0)
+def _begin(program: _Program, params: Mapping, batch: Mapping[str, jax.Array], seed: jax.Array) -> PyTree:
+    """The first token of each answer: what the loop goes on from, and the answers so far."""
+
+    def begin(steps: Steps, batch: Mapping[str, jax.Array], seed: jax.Array) -> PyTree:
+        carry = loop.begin(steps, program.search, batch, seed)
+        return carry, program.search.results(carry.found)
+
+    carry, sequences = program.run(
+        begin, params, batch, seed, specs=(ROWS, PartitionSpec()), out=(_CARRY, ROWS)
+    )
+    return carry, program.answers(sequences, carry.step, batch)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _advance(
+    program: _Program, params: Mapping, carry: Carry, batch: Mapping[str, jax.Array], until: jax.Array
+) -> PyTree:
+    """As `_begin`, `until` tokens on."""
+
+    def advance(steps: Steps, carry: Carry, until: jax.Array) -> PyTree:
+        carry = loop.advance(steps, program.search, carry, until)
+        return carry, program.search.results(carry.found)
+
+    carry, sequences = program.run(
+        advance, params, carry, until, specs=(_CARRY, PartitionSpec()), out=(_CARRY, ROWS)
+    )
+    return carry, program.answers(sequences, carry.step, batch)
 
 
 def _as_int32(index: np.ndarray) -> np.ndarray:

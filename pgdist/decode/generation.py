@@ -80,7 +80,7 @@ def generate(
     batches = _prompt_batches(
         images, texts, image_size=model.config.image.image_size, batch_size=batch_size, rows=rows
     )
-    return [tokenizer.decode(answer.tokens) for answer in decoder.decode_batches(params, batches)]
+    return [tokenizer.decode(found.answers[0].tokens) for found in decoder.decode_batches(params, batches)]
 
 
 def _encode_prompts(

@@ -107,7 +107,7 @@ class Evaluator:
             noted = _note_reasons(batches, reasons, before_batch)
             for answer in decoder.decode_batches(merge(trainable, frozen), noted):
                 if answer.valid:
-                    yield self._prediction(answer.index, self.tokenizer.decode(answer.tokens))
+                    yield self._prediction(answer.index, self.tokenizer.decode(answer.answers[0].tokens))
                 else:
                     # Only the process that read the record knows more than that it is bad.
                     error = reasons.get(

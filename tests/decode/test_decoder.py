@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pgdist.decode import Decoder
-from pgdist.decode.decoder import _decode_batch
+from pgdist.decode.decoder import _decode
 from pgdist.mesh import batch_sharding, make_mesh, parameter_sharding, put_batch
 from pgdist.models import PaliGemma, normalize_image
 from pgdist.parameters import flatten, map_named, unflatten
@@ -125,9 +125,9 @@ def before(tokens: np.ndarray, eos_id: int) -> list[int]:
 def test_a_second_evaluation_compiles_nothing():
     parameters = varied_parameters(NAME)
     list(make_decoder(data=1, fsdp=1).decode_batches(parameters, batches(examples())))
-    programs = _decode_batch._cache_size()
+    programs = _decode._cache_size()
     list(make_decoder(data=1, fsdp=1).decode_batches(parameters, batches(examples())))
-    assert _decode_batch._cache_size() == programs
+    assert _decode._cache_size() == programs
 
 
 def test_parameters_that_are_in_place_are_shared_and_not_copied():
@@ -170,7 +170,7 @@ def test_the_compiled_loop_moves_no_weights_and_no_cache_between_devices():
     decoder = make_decoder(data=2, fsdp=4)
     sharding = batch_sharding(decoder.mesh)
     arrays = put_batch(batches(examples())[0].arrays, sharding=sharding, batch_size=BATCH_SIZE)
-    compiled = _decode_batch.lower(
+    compiled = _decode.lower(
         decoder.model,
         decoder.place(varied_parameters(NAME)),
         arrays,

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pgdist.data.tokenizer import Tokenizer
 from pgdist.decode import generate
-from pgdist.decode.decoder import _decode_batch
+from pgdist.decode.decoder import _decode
 from pgdist.errors import ConfigError, DataError
 from pgdist.mesh import make_mesh
 from pgdist.models import PaliGemma
@@ -89,9 +89,9 @@ def test_a_photograph_is_turned_upright_from_a_file_and_from_pil(tmp_path):
 
 def test_prompts_of_nearly_the_same_length_share_a_program():
     answers()
-    programs = _decode_batch._cache_size()
+    programs = _decode._cache_size()
     answer(random_images(2), ["caption en", "detect red square and blue circle"])
-    assert _decode_batch._cache_size() == programs
+    assert _decode._cache_size() == programs
 
 
 def test_a_config_will_do_for_a_model_and_no_image_for_images():
