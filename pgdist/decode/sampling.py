@@ -78,6 +78,9 @@ class Sampling:
         return self.candidates or self.n
 
 
+GREEDY = Sampling()
+
+
 @flax.struct.dataclass
 class Sequences:
     """Answers of B examples, C to each.
