@@ -1,7 +1,8 @@
-"""Greedy decoding against the plainest loop there is: the whole forward pass again for every token."""
+"""The loop over tokens against the plainest one there is: the whole forward pass again for every token."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -9,29 +10,36 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pgdist.decode.greedy import GreedyTokens, greedy_decode
 from pgdist.models import PaliGemma, PaliGemmaConfig, normalize_image
-from tests.decode.model import cut_at, random_prompts, token_ending_one_row, varied_parameters
+from tests.decode.model import (
+    NEVER,
+    cut_at,
+    decode_batch,
+    random_prompts,
+    token_ending_one_row,
+    varied_parameters,
+)
 from tests.models.small import PAD, SMALL, with_text
 
-NEVER = -1  # an end-of-sequence id that no model emits
 NEW_TOKENS = 8
 PREFIXES = (3, 9, 1, 6)
 LENGTH = 12
 
 
-@functools.cache
-def _decoder():
-    return jax.jit(greedy_decode, static_argnums=0, static_argnames="max_new_tokens")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Greedy:
+    """tokens: int32[B, M].  steps: how many the longest answer took."""
+
+    tokens: np.ndarray
+    steps: int
 
 
 def _decode(
     config: PaliGemmaConfig, params, batch, *, eos_id: int, max_new_tokens: int = NEW_TOKENS
-) -> GreedyTokens:
-    found = _decoder()(
-        PaliGemma(config), params, batch, max_new_tokens=max_new_tokens, eos_id=eos_id, pad_id=PAD
-    )
-    return jax.tree.map(np.asarray, found)
+) -> Greedy:
+    found, steps = decode_batch(config, params, batch, eos_id=eos_id, max_new_tokens=max_new_tokens)
+    assert found.tokens.shape == (len(batch["text"]), 1, max_new_tokens)
+    return Greedy(tokens=found.tokens[:, 0], steps=steps)
 
 
 def _prompts(name: str) -> dict[str, np.ndarray]:
