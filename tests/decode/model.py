@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-import scipy.special
 
 from pgdist.decode import Sampling, loop
 from pgdist.decode.sampling import Sequences
@@ -69,8 +68,8 @@ def decode_batch(
 def teacher_forced(
     config: PaliGemmaConfig, params: dict, batch: dict[str, np.ndarray], tokens: np.ndarray
 ) -> np.ndarray:
-    """Log-probabilities of int[B, M] tokens behind the prompts of a batch, by one forward pass over all of them:
-    float64[B, M] in nats.
+    """float64[B, M, V], the logits behind which int[B, M] tokens were chosen: all by one forward pass over the prompts
+    of a batch with the tokens as suffixes, masked as in training.
     """
     new = tokens.shape[1]
     text, mask_ar, mask = (
@@ -80,9 +79,7 @@ def teacher_forced(
     for array, values in ((text, tokens), (mask_ar, 1), (mask, 1)):
         np.put_along_axis(array, places, values, axis=1)
     logits = _forward(config)({"params": params}, normalize_image(batch["image"]), text, mask_ar, mask)
-    logits = np.take_along_axis(np.asarray(logits, np.float64), places[:, :, None] - 1, axis=1)
-    chosen = np.take_along_axis(logits, tokens[:, :, None], axis=2)[:, :, 0]
-    return chosen - scipy.special.logsumexp(logits, axis=-1)
+    return np.take_along_axis(np.asarray(logits, np.float64), places[:, :, None] - 1, axis=1)
 
 
 @functools.cache
