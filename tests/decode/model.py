@@ -38,8 +38,7 @@ def random_prompts(
     config: PaliGemmaConfig, *, prefixes: Sequence[int], length: int, seed: int = 1
 ) -> dict[str, np.ndarray]:
     """A batch of random images and prompts of these lengths, without suffixes."""
-    batch = random_batch(config, prefixes=prefixes, suffixes=[0] * len(prefixes), length=length, seed=seed)
-    return batch | {"index": np.arange(len(prefixes), dtype=np.int32)}
+    return random_batch(config, prefixes=prefixes, suffixes=[0] * len(prefixes), length=length, seed=seed)
 
 
 @functools.cache
@@ -59,7 +58,11 @@ def decode_batch(
     eos_id: int,
     max_new_tokens: int,
 ) -> tuple[Sequences, int]:
-    """`pgdist.decode.loop.decode` on one device: the answers as numpy arrays, and the number of steps."""
+    """`pgdist.decode.loop.decode` on one device: the answers as numpy arrays, and the number of steps.
+
+    Rows whose batch gives them no ids have their numbers.
+    """
+    batch = {"index": np.arange(len(batch["text"]), dtype=np.int32)} | batch
     search = loop.make_search(sampling, max_new_tokens=max_new_tokens, eos_id=eos_id, pad_id=PAD)
     found, steps = _program(config, search)(params, batch, np.uint32(sampling.seed))
     return jax.tree.map(np.asarray, found), int(steps)
