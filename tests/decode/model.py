@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-import scipy.special
 
 from pgdist.decode import Sampling, loop
 from pgdist.decode.sampling import Sequences
@@ -39,8 +38,7 @@ def random_prompts(
     config: PaliGemmaConfig, *, prefixes: Sequence[int], length: int, seed: int = 1
 ) -> dict[str, np.ndarray]:
     """A batch of random images and prompts of these lengths, without suffixes."""
-    batch = random_batch(config, prefixes=prefixes, suffixes=[0] * len(prefixes), length=length, seed=seed)
-    return batch | {"index": np.arange(len(prefixes), dtype=np.int32)}
+    return random_batch(config, prefixes=prefixes, suffixes=[0] * len(prefixes), length=length, seed=seed)
 
 
 @functools.cache
@@ -60,7 +58,11 @@ def decode_batch(
     eos_id: int,
     max_new_tokens: int,
 ) -> tuple[Sequences, int]:
-    """`pgdist.decode.loop.decode` on one device: the answers as numpy arrays, and the number of steps."""
+    """`pgdist.decode.loop.decode` on one device: the answers as numpy arrays, and the number of steps.
+
+    Rows whose batch gives them no ids have their numbers.
+    """
+    batch = {"index": np.arange(len(batch["text"]), dtype=np.int32)} | batch
     search = loop.make_search(sampling, max_new_tokens=max_new_tokens, eos_id=eos_id, pad_id=PAD)
     found, steps = _program(config, search)(params, batch, np.uint32(sampling.seed))
     return jax.tree.map(np.asarray, found), int(steps)
@@ -69,8 +71,8 @@ def decode_batch(
 def teacher_forced(
     config: PaliGemmaConfig, params: dict, batch: dict[str, np.ndarray], tokens: np.ndarray
 ) -> np.ndarray:
-    """Log-probabilities of int[B, M] tokens behind the prompts of a batch, by one forward pass over all of them:
-    float64[B, M] in nats.
+    """float64[B, M, V], the logits behind which int[B, M] tokens were chosen: all by one forward pass over the prompts
+    of a batch with the tokens as suffixes, masked as in training.
     """
     new = tokens.shape[1]
     text, mask_ar, mask = (
@@ -80,9 +82,7 @@ def teacher_forced(
     for array, values in ((text, tokens), (mask_ar, 1), (mask, 1)):
         np.put_along_axis(array, places, values, axis=1)
     logits = _forward(config)({"params": params}, normalize_image(batch["image"]), text, mask_ar, mask)
-    logits = np.take_along_axis(np.asarray(logits, np.float64), places[:, :, None] - 1, axis=1)
-    chosen = np.take_along_axis(logits, tokens[:, :, None], axis=2)[:, :, 0]
-    return chosen - scipy.special.logsumexp(logits, axis=-1)
+    return np.take_along_axis(np.asarray(logits, np.float64), places[:, :, None] - 1, axis=1)
 
 
 @functools.cache
