@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -67,7 +67,7 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", None, "Longest answer; the config's by default.", lower_bound=1
 )
 _MAX_PROMPT_TOKENS = flags.DEFINE_integer(
-    "max_prompt_tokens", None, "Longest prompt; the config's data.text_length by default.", lower_bound=1
+    "max_prompt_tokens", 512, "Longest prompt, with its start and separator.", lower_bound=1
 )
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", None, "Inputs at a time; the config's by default.", lower_bound=1
@@ -149,6 +149,7 @@ def _check_choices() -> None:
 
 def _make_request(config: ConfigDict, images: Sequence[str]) -> Request:
     from pgdist import cluster
+    from pgdist.decode.sampling import Sampling
     from pgdist.inference import open_tokenizer
     from pgdist.predict import Request
 
@@ -156,17 +157,19 @@ def _make_request(config: ConfigDict, images: Sequence[str]) -> Request:
     cluster.on_primary(lambda: _check_written([_DATA.value or "", weights, *images]))
     source = _open_source(config, images)
     tokenizer = open_tokenizer(config)
+    choices = _find_choices(source)
     request = Request(
         config=config,
         weights=weights,
         tokenizer=tokenizer,
         source=source,
-        sampling=sampling_flags.make_sampling(tokenizer),
-        choices=_find_choices(source),
+        sampling=Sampling() if choices else sampling_flags.make_sampling(config, tokenizer),
+        choices=choices,
         max_new_tokens=_MAX_NEW_TOKENS.value or config.eval.max_new_tokens,
-        max_prompt_tokens=_MAX_PROMPT_TOKENS.value or config.data.text_length,
+        max_prompt_tokens=_MAX_PROMPT_TOKENS.value,
         batch_size=_BATCH_SIZE.value or config.batch_size,
-        settings=_settings(),
+        settings={f"--{flag.name}": flag.value for flag in (_PROMPT, _LOGPROBS, _CHOICES, _CHOICES_FIELD)}
+        | sampling_flags.patterns(),
     )
     if _PROMPT.value is not None:
         request.check_prompt(_PROMPT.value)
@@ -220,12 +223,6 @@ def _find_choices(source: JsonlSource | ImageSource) -> Choices | None:
     if _CHOICES.value:
         return choices_for_all(_CHOICES.value)
     return choices_in_field(source, _CHOICES_FIELD.value) if _CHOICES_FIELD.value else None
-
-
-def _settings() -> dict[str, Any]:
-    """What decides the answers, or what is written of them, by flag."""
-    flags_here = (_PROMPT, _LOGPROBS, _CHOICES, _CHOICES_FIELD)
-    return {f"--{flag.name}": flag.value for flag in flags_here} | sampling_flags.settings()
 
 
 def _answer(request: Request, out: AnswersFile, progress: Progress, stdout: IO[str]) -> Progress:

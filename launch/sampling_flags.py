@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from pgdist.errors import ConfigError
 
 if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
     from pgdist.data.tokenizer import Tokenizer
     from pgdist.decode.sampling import Sampling
 
 _SAMPLER = flags.DEFINE_enum(
-    "sampler", "greedy", ["greedy", "sample", "beam"], "Likeliest token, a draw, or likeliest sequences."
+    "sampler", None, ["greedy", "sample", "beam"], "The likeliest token, a draw, or the likeliest sequences."
 )
-_N = flags.DEFINE_integer("n", 1, "Answers to each input, best first; with sample and beam.")
+_N = flags.DEFINE_integer("n", None, "Answers to each input, best first; with sample and beam.")
 _CANDIDATES = flags.DEFINE_integer(
-    "candidates", 0, "Sequences tried for each input, of which the --n best are answers; --n by default."
+    "candidates", None, "Sequences tried for each input, of which the --n best are answers; --n by default."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of sample: the same one gives the same answers, however they run.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of sample: below 1 likelier tokens are drawn more.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Of sample: only so many likeliest tokens; 0 for all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Of sample: only the likeliest tokens with this probability.")
+_SEED = flags.DEFINE_integer(
+    "seed", None, "Of sample: the same one draws the same answers, however they run."
+)
+_TEMPERATURE = flags.DEFINE_float("temperature", None, "Of sample: below 1, likely tokens are drawn more.")
+_TOP_K = flags.DEFINE_integer("top_k", None, "Of sample: draw among so many likeliest tokens; 0 for all.")
+_TOP_P = flags.DEFINE_float("top_p", None, "Of sample: draw among the likeliest with this probability.")
 _LENGTH_PENALTY = flags.DEFINE_float(
-    "length_penalty", 1.0, "Of beam: log-probabilities are divided by length to this power."
+    "length_penalty", None, "Of beam: log-probabilities are divided by the length to this power."
 )
 _ALLOW = flags.DEFINE_multi_string(
     "allow", [], "Only tokens like this, such as '<loc*>', and the answer's end; may be given again."
@@ -45,25 +50,30 @@ _FIELDS = {  # of `Sampling`
 _ALL = (*_FIELDS.values(), _ALLOW, _BAN)
 
 
-def make_sampling(tokenizer: Tokenizer) -> Sampling:
-    """What the flags say.  Raises ConfigError, with the flags, where that makes no sense or leaves no token."""
+def make_sampling(config: ConfigDict, tokenizer: Tokenizer) -> Sampling:
+    """What the flags say; where there is no --sampler, they change what evaluation does (config.eval).
+
+    Raises ConfigError, with the flags, where that makes no sense or leaves no token.
+    """
+    from pgdist.config import evaluation_sampling
     from pgdist.decode.sampling import Sampling
 
     allowed, banned = _find_tokens(_ALLOW, tokenizer), _find_tokens(_BAN, tokenizer)
     choosable = {*allowed, tokenizer.eos_id} if allowed else set(range(tokenizer.vocab_size))
     if choosable <= set(banned):
         raise ConfigError("--allow and --ban leave no token to choose.")
-    fields = {name: flag.value for name, flag in _FIELDS.items()}
+    start = Sampling() if _SAMPLER.present else evaluation_sampling(config)
+    fields = {name: flag.value for name, flag in _FIELDS.items() if flag.value is not None}
     try:
-        return Sampling(**fields, allowed=allowed, banned=banned)
+        return dataclasses.replace(start, **fields, allowed=allowed, banned=banned)
     except ConfigError as error:
         given = [f"--{flag.name}={flag.value}" for flag in _FIELDS.values() if flag.present]
         raise ConfigError(f"{' '.join(given)}: {error}") from error
 
 
-def settings() -> dict[str, Any]:
-    """{flag: its value}."""
-    return {f"--{flag.name}": flag.value for flag in _ALL}
+def patterns() -> dict[str, list[str]]:
+    """Of the tokens that are allowed and banned, by flag."""
+    return {f"--{flag.name}": flag.value for flag in (_ALLOW, _BAN)}
 
 
 def given() -> list[str]:

@@ -39,7 +39,8 @@ class Request:
     """What is asked, of which model.
 
     weights: by name, as config.init.  batch_size: rounded up to a multiple of the devices.  settings: {name: JSON
-    value} of what else the user has chosen, as far as it decides the answers.
+    value} of what else the user has chosen, as far as it decides the answers; it says which tokens are allowed and
+    banned.
     """
 
     config: ConfigDict
@@ -56,6 +57,7 @@ class Request:
     def describe(self) -> dict[str, Any]:
         """By name, all that decides the answers; reads the weights' directory."""
         fields = fields_of(self.config)
+        chosen = dataclasses.asdict(self.sampling)
         decisive = [name for name in fields if name.startswith("model.") and name not in _SPEED_FIELDS]
         return {
             "inputs": fingerprint(self.source),
@@ -64,6 +66,8 @@ class Request:
             **{f"config.{name}": fields[name] for name in (*decisive, *_ANSWER_FIELDS)},
             "--max_new_tokens": self.max_new_tokens,
             "--max_prompt_tokens": self.max_prompt_tokens,
+            "--sampler": chosen.pop("method"),
+            **{f"--{name}": value for name, value in chosen.items() if name not in ("allowed", "banned")},
             **self.settings,
         }
 

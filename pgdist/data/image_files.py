@@ -49,6 +49,10 @@ class ImageSource:
             line=0,
         )
 
+    def prefix_of(self, index: int) -> str:
+        """See `pgdist.data.loader.Source`."""
+        return self.prompt
+
     @property
     def sha256(self) -> str:
         """Of names and sizes: reading all of the images takes long."""

@@ -83,7 +83,9 @@ def test_a_wrong_input_is_told_and_nothing_is_changed(run, inputs, case):
     assert _snapshot(inputs) == before
 
 
-@pytest.mark.parametrize("name", ["misspelt field", "broken JSON", "NaN in weights", "unknown sampler"])
+@pytest.mark.parametrize(
+    "name", ["misspelt field", "broken JSON", "NaN in weights", "sampler that there is not"]
+)
 def test_a_process_of_its_own_ends_like_a_fork(inputs, name):
     case = CASES[name]
     case.spoil(inputs)

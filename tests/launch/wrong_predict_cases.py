@@ -74,9 +74,9 @@ PREDICT = {
         ASK + " --images=run", 3, r"--images=run: no image in this folder: expected .*\.png"
     ),
     "prompt too long": Case(
-        ASK.replace("caption en", "caption en " * 20) + " --images 0.png",
+        ASK + " --max_prompt_tokens=3 --images 0.png",
         2,
-        r"--prompt: expected at most 16 tokens .*raise --max_prompt_tokens",
+        r"--prompt: expected at most 3 tokens .*raise --max_prompt_tokens",
     ),
     "data missing": Case(
         "predict --workdir=run --data=no.jsonl --out=new.jsonl",
@@ -109,7 +109,7 @@ PREDICT = {
 }
 
 SAMPLING = {
-    "unknown sampler": Case(
+    "sampler that there is not": Case(
         ASK_DATA + " --sampler=gredy", 2, r"--sampler=gredy: value should be one of <greedy\|sample\|beam>"
     ),
     "more probability than there is": Case(
