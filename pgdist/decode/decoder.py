@@ -173,7 +173,7 @@ class Decoder:
             for name, leaf in shapes.items()
         }
 
-    def lower(self, *, prompt_tokens: int) -> jax.stages.Lowered:
+    def trace(self, *, prompt_tokens: int) -> jax.stages.Traced:
         """What `decode_batches` runs for texts of so many columns, for devices that need not be here."""
         size = self.model.config.image.image_size
         text = ((prompt_tokens,), jnp.int32)
@@ -190,7 +190,7 @@ class Decoder:
             name: jax.ShapeDtypeStruct((self.batch_size, *shape), dtype, sharding=rows)
             for name, (shape, dtype) in kinds.items()
         }
-        return _decode.lower(self._program, unflatten(self.parameters()), batch, self._seed)
+        return _decode.trace(self._program, unflatten(self.parameters()), batch, self._seed)
 
     @property
     def _program(self) -> _Program:

@@ -67,7 +67,7 @@ def compile_decoding(
         sampling=sampling or Sampling(),
     )
     compiled = compile_lowered(
-        decoder.lower(prompt_tokens=prompt_tokens),
+        decoder.trace(prompt_tokens=prompt_tokens).lower(),
         mesh=mesh,
         batch_size=decoder.batch_size,
         saves_memory=f"a smaller --batch_size (now {decoder.batch_size}); fewer --max_new_tokens; more devices",

@@ -54,8 +54,8 @@ def describe(decoding: CompiledDecoding) -> Iterator[str]:
     yield from _describe_part("token", decoding.token)
     yield (
         f"estimated  token        {1e3 * _token_seconds(decoding):.2f} ms: the larger of "
-        f"{1e3 * compute:.2f} ms of compute and {1e3 * reading:.2f} ms of reading at {chip.bandwidth / 1e9:g} GB/s, and {_count(decoding.token)} collectives of "
-        f"{1e6 * COLLECTIVE_SECONDS:g} us"
+        f"{1e3 * compute:.2f} ms of compute and {1e3 * reading:.2f} ms of reading at {chip.bandwidth / 1e9:g} GB/s, "
+        f"and {_count(decoding.token)} collectives of {1e6 * COLLECTIVE_SECONDS:g} us"
     )
     yield (
         f"estimated  share        {_share_of_tokens(decoding):.0%} of the time, where all answers are as long as may be"
