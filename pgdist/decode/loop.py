@@ -83,9 +83,8 @@ def begin(steps: Steps, search: Search, batch: Mapping[str, jax.Array], seed: ja
     is_needed = steps.any(search.is_active(found))  # by none where no row is an example
     # All go on from the one prompt.
     token, _, found = search.choose(jnp.int32(0), logits.repeat(search.width), found)
-    return Carry(
-        step=is_needed.astype(jnp.int32), token=token, found=found, state=_repeat(state, search.width)
-    )
+    state = _repeat(state, search.width)
+    return Carry(step=is_needed.astype(jnp.int32), token=token, found=found, state=state)
 
 
 def advance(steps: Steps, search: Search, carry: Carry, until: int | jax.Array) -> Carry:
