@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 from ml_collections import ConfigDict
 
+from pgdist.decode.sampling import Method, Sampling
 from pgdist.errors import ConfigError
 from pgdist.models.attention import IMPLEMENTATIONS
 from pgdist.models.paligemma import PaliGemmaConfig
@@ -114,6 +115,13 @@ def default_config() -> ConfigDict:
     c.eval.final_examples = 0  # decoded before the first step and after the last; 0: all
     c.eval.max_new_tokens = 64
     c.eval.metric = "exact_match"
+    c.eval.sampler = "greedy"  # how answers are chosen: greedy, sample, beam
+    c.eval.candidates = 0  # of "sample" and "beam": decoded for each example, the best is its answer; 0: one
+    c.eval.length_penalty = 1.0  # of "beam": a log-probability is divided by the length to this power
+    c.eval.temperature = 1.0  # of "sample"; what follows too
+    c.eval.top_k = 0  # likeliest tokens to draw from, 0: all
+    c.eval.top_p = 1.0  # the probability of those to draw from
+    c.eval.seed = 0  # not that of training: runs that differ in theirs draw alike
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 16  # steps
@@ -173,6 +181,7 @@ def check_values(config: ConfigDict) -> None:
         lambda v: v >= 4,
         "at least 4: BOS, a prefix token, separator, a suffix token",
     )
+    evaluation_sampling(config)
 
 
 def model_config(config: ConfigDict) -> PaliGemmaConfig:
@@ -185,6 +194,23 @@ def model_config(config: ConfigDict) -> PaliGemmaConfig:
         final_logits_softcap=m.final_logits_softcap,
         remat=m.remat,
     )
+
+
+def evaluation_sampling(config: ConfigDict) -> Sampling:
+    """How evaluation chooses its answers.  Raises ConfigError where the fields do not fit each other."""
+    e = config.eval
+    try:
+        return Sampling(
+            method=e.sampler,
+            candidates=e.candidates,
+            length_penalty=e.length_penalty,
+            temperature=e.temperature,
+            top_k=e.top_k,
+            top_p=e.top_p,
+            seed=e.seed,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"config.eval: {error}") from error
 
 
 def check_vocabulary(config: ConfigDict, tokens: int) -> None:
@@ -251,6 +277,7 @@ def _check_choices(config: ConfigDict) -> None:
         "model.attention": ("auto", *IMPLEMENTATIONS),
         "optimizer.name": OPTIMIZERS,
         "schedule.name": SCHEDULES,
+        "eval.sampler": get_args(Method),
     }
     for field, allowed in choices.items():
         value = get_field(config, field)

@@ -80,7 +80,10 @@ def _finetune(
 ) -> Finetuned:
     config, data = job.config, fingerprint(job.train_source)
     base = weights.fingerprint(config.init) if config.init else "none"
-    health.compare({"training data": data, "config.init (checksums)": base}, name="inputs")
+    validation = "none" if job.validation_source is None else fingerprint(job.validation_source)
+    health.compare(
+        {"training data": data, "validation data": validation, "config.init (checksums)": base}, name="inputs"
+    )
     job.workdir.check(config, fork=fork, data=data)
     job.log_descriptions()
     # Not before: only a run that can begin makes a folder.

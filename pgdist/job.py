@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from pgdist import cluster, hub, weights
 from pgdist.checkpoint import Checkpoints
-from pgdist.config import check_vocabulary
+from pgdist.config import check_vocabulary, evaluation_sampling
 from pgdist.data.bad_records import refuse_bad_share
 from pgdist.data.jsonl import JsonlSource, fingerprint
 from pgdist.data.loader import HostBatches, train_batches
@@ -279,6 +279,7 @@ class Job:
             batch_size=self.config.batch_size,
             max_new_tokens=self.config.eval.max_new_tokens,
             metric=metric,
+            sampling=evaluation_sampling(self.config),
             validation_step=make_validation_step(
                 self.model,
                 mesh=self.mesh,

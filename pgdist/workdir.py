@@ -23,6 +23,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from pgdist import cluster, files
+from pgdist.config import default_config
 from pgdist.errors import ConfigError
 
 # Fields that change where and how fast a run goes, not what it computes: a run may go on with others.
@@ -198,7 +199,9 @@ class Workdir:
         recorded = self.read_config()
         if recorded is None:
             return {}
-        old, new = _flatten(recorded), _flatten(json.loads(config.to_json()))
+        # A field that is younger than the run had its default's effect.
+        old = _flatten(json.loads(default_config().to_json())) | _flatten(recorded)
+        new = _flatten(json.loads(config.to_json()))
         return {
             field: (old.get(field), new.get(field))
             for field in sorted(old.keys() | new.keys())

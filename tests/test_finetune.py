@@ -16,9 +16,12 @@ from orbax.checkpoint import v1 as ocp
 
 from pgdist import weights
 from pgdist.config import model_config
-from pgdist.decode import generate
+from pgdist.data.jsonl import JsonlSource
+from pgdist.data.loader import evaluation_batches
+from pgdist.decode import Decoder, Sampling, generate
 from pgdist.errors import ConfigError, DataError, Preempted, WeightsError
 from pgdist.finetune import Finetuned, finetune
+from pgdist.mesh import make_mesh
 from pgdist.models.paligemma import parameter_shapes
 from pgdist.parameters import flatten, unflatten
 from tests.tiny_runs import (
@@ -126,6 +129,39 @@ def test_predictions_stand_beside_their_examples(run, inputs):
             assert (row["prefix"], row["suffix"]) == (record["prefix"], record["suffix"])
             assert (row["image"], row["task"]) == (record["image"], record["task"])
             assert row["score"]["exact_match"] == float(row["prediction"] == row["suffix"])
+
+
+def test_evaluation_answers_as_its_sampler_says(run, workdir, config, inputs):
+    other = config.copy_and_resolve_references()
+    other.eval.sampler, other.eval.candidates = "beam", 3
+
+    finetune(other, workdir=workdir, fork=True)  # all steps are done: it evaluates
+
+    greedy, beams = (
+        [row["prediction"] for row in read_jsonl(folder / "predictions" / f"step_{STEPS:06d}.jsonl")]
+        for folder in (run.workdir, workdir)
+    )
+    decoder = Decoder(
+        model=run.done.model,
+        mesh=make_mesh(data=2),
+        batch_size=config.batch_size,
+        max_new_tokens=config.eval.max_new_tokens,
+        eos_id=run.done.tokenizer.eos_id,
+        sampling=Sampling(method="beam", candidates=3),
+    )
+    questions = evaluation_batches(
+        source=JsonlSource(inputs.validation),
+        tokenizer=run.done.tokenizer,
+        image_size=run.done.model.config.image.image_size,
+        text_length=config.data.text_length,
+        batch_size=config.batch_size,
+        rows=range(config.batch_size),
+        prompt_only=True,
+    )
+    with questions:
+        expected = list(decoder.decode_batches(run.done.params, questions))
+    assert beams == [run.done.tokenizer.decode(one.answers[0].tokens) for one in expected]
+    assert beams != greedy
 
 
 def test_examples_and_parameters_are_described(run):

@@ -57,6 +57,19 @@ def test_the_same_config_goes_on(begun):
     assert files(begun) == before
 
 
+def test_a_run_that_is_older_than_a_field_goes_on_with_its_default(begun):
+    old = recorded(begun)
+    del old["eval"]["sampler"], old["loss"]
+    write_json(begun / "config.json", old)
+
+    begin(begun, config_with())
+
+    assert recorded(begun) == json.loads(default_config().to_json())
+    write_json(begun / "config.json", old)
+    with pytest.raises(ConfigError, match="config.eval.sampler: 'greedy' -> 'beam'"):
+        begin(begun, config_with(**{"eval.sampler": "beam"}))
+
+
 def test_another_config_is_refused_with_the_differences_and_nothing_changes(begun):
     before = files(begun)
     other = config_with(

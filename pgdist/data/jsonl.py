@@ -98,6 +98,11 @@ class JsonlSource:
         except ValueError as error:
             return BadRecord(file=record.file, line=record.line, reason=str(error))
 
+    def prefix_of(self, index: int) -> str | None:
+        """The prefix of example `index`, None of one that is bad; its image's path is not looked at."""
+        record = self._parse(index)
+        return record.prefix if isinstance(record, Record) else None
+
     def check(self) -> list[BadRecord]:
         """Parses every line, text only (no image is looked for); returns those that cannot be used."""
         return [found for found in map(self._parse, range(len(self))) if isinstance(found, BadRecord)]

@@ -3,12 +3,13 @@
 A Grain dataset has one element for each row that this process holds: element i is the row at position
 rows[i % len(rows)] of step start_step + i // len(rows). The start is part of that mapping, so starting in the
 middle costs nothing, and the rows come out the same whatever the number of hosts and workers. A row that
-cannot be made is masked, never dropped.
+cannot be made is masked, never dropped. Prompts to be answered are padded no longer than their global batch needs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -24,7 +25,7 @@ from absl import flags
 from pgdist.data.images import BadImage, load_image
 from pgdist.data.jsonl import BadRecord, Record
 from pgdist.data.order import ExampleOrder
-from pgdist.data.text import EncodedText, encode_example, masked_text
+from pgdist.data.text import EncodedText, encode_example, masked_text, prompt_bucket, prompt_ids
 from pgdist.data.tokenizer import Tokenizer
 
 PADDING_INDEX = -1
@@ -41,14 +42,18 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Record | BadRecord: ...
 
+    def prefix_of(self, index: int) -> str | None:
+        """What `self[index].prefix` is or, were its image sound, would be; None where its text is bad."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HostBatch:
     """This process's rows of one global batch, in the order of `rows`; R is their number.
 
-    arrays: image uint8[R, S, S, 3]; text, mask_ar, mask_loss, mask_input int32[R, T]; weight float32[R], 1
-    for a real row and 0 for a masked one; truncated float32[R], 1 where the text did not fit; index int64[R],
-    the example id or -1 for padding.
+    arrays: image uint8[R, S, S, 3]; text, mask_ar, mask_loss, mask_input int32[R, T], with the same T in all
+    processes; weight float32[R], 1 for a real row and 0 for a masked one; truncated float32[R], 1 where the text
+    did not fit; index int64[R], the example id or -1 for padding.
     """
 
     arrays: dict[str, np.ndarray]
@@ -60,8 +65,12 @@ class HostBatch:
 class HostBatches(Iterator[HostBatch]):
     """The batches in order; `close()` (or a `with`'s end, or the object's) stops threads and workers."""
 
-    def __init__(self, rows: Iterator[_Row], *, first_step: int, rows_per_step: int) -> None:
+    def __init__(
+        self, rows: Iterator[_Row], lengths: Iterator[int], *, first_step: int, rows_per_step: int
+    ) -> None:
+        """rows: of one batch after the other.  lengths: T of each batch; what its texts have beyond it is padding."""
         self._rows = rows
+        self._lengths = lengths
         self._step = first_step
         self._rows_per_step = rows_per_step
         self._closed = False
@@ -75,12 +84,13 @@ class HostBatches(Iterator[HostBatch]):
             self.close()
             raise
         self._step += 1
-        return _stack(rows, step=self._step - 1)
+        return _stack(rows, length=next(self._lengths), step=self._step - 1)
 
     def close(self) -> None:
         """Stops reading ahead; the iterator then has no more batches."""
         self._closed = True
         self._rows.close()
+        self._lengths.close()
 
     def __enter__(self) -> HostBatches:
         return self
@@ -116,7 +126,9 @@ def train_batches(
     positions = _Positions(
         rows=tuple(rows), batch_size=batch_size, start_step=start_step, num_steps=num_steps
     )
-    return _read_ahead(_TrainRows(reader=reader, order=order, positions=positions), workers=workers)
+    return _read_ahead(
+        _TrainRows(reader=reader, order=order, positions=positions), _constant(text_length), workers=workers
+    )
 
 
 def evaluation_batches(
@@ -135,7 +147,8 @@ def evaluation_batches(
 
     The last batch is filled up with masked rows of index -1, so every process gets the same number of full
     batches. Of a list of suffixes the first is encoded.
-    prompt_only: the text ends after the separator, for decoding; `HostBatch.records` still has the suffixes.
+    prompt_only: the text ends after the separator, for decoding; `HostBatch.records` still has the suffixes. Each
+    batch is padded to the `pgdist.data.text.prompt_bucket` of its longest prompt, whichever process holds that one.
     """
     _check_rows(rows, batch_size=batch_size)
     reader = _Reader(
@@ -148,7 +161,12 @@ def evaluation_batches(
     count = len(source) if limit is None else min(limit, len(source))
     num_steps = -(-count // batch_size)
     positions = _Positions(rows=tuple(rows), batch_size=batch_size, start_step=0, num_steps=num_steps)
-    return _read_ahead(_EvaluationRows(reader=reader, count=count, positions=positions), workers=workers)
+    lengths = _constant(text_length)
+    if prompt_only:
+        lengths = _find_ahead(_PromptBuckets(reader=reader, count=count, positions=positions))
+    return _read_ahead(
+        _EvaluationRows(reader=reader, count=count, positions=positions), lengths, workers=workers
+    )
 
 
 def _check_rows(rows: Sequence[int], *, batch_size: int) -> None:
@@ -219,7 +237,12 @@ class _Positions:
 
     def global_row(self, local: int) -> int:
         step, row = divmod(local, len(self.rows))
-        return (self.start_step + step) * self.batch_size + self.rows[row]
+        return self.global_batch(step)[self.rows[row]]
+
+    def global_batch(self, step: int) -> range:
+        """All rows of a step, those of other processes too.  step: from 0 for the first."""
+        start = (self.start_step + step) * self.batch_size
+        return range(start, start + self.batch_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -250,7 +273,43 @@ class _EvaluationRows:
         return self.reader.read(index) if index < self.count else self.reader.masked(PADDING_INDEX, None)
 
 
-def _read_ahead(source: _TrainRows | _EvaluationRows, *, workers: int) -> HostBatches:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _PromptBuckets:
+    """Element i is what the prompts of global batch i are padded to.
+
+    Every process finds the same without asking the others: the text of all rows is at hand, and their images, which
+    one process may be able to read and another not, do not count.
+    """
+
+    reader: _Reader
+    count: int
+    positions: _Positions
+
+    def __len__(self) -> int:
+        return self.positions.num_steps
+
+    def __getitem__(self, step: int) -> int:
+        examples = (index for index in self.positions.global_batch(step) if index < self.count)
+        prefixes = {self.reader.source.prefix_of(index) for index in examples} - {None}
+        lengths = [len(prompt_ids(self.reader.tokenizer, prefix)) for prefix in prefixes]
+        # Those that do not fit are masked.
+        fitting = [length for length in lengths if length <= self.reader.text_length]
+        return prompt_bucket(max(fitting, default=1), limit=self.reader.text_length)
+
+
+def _constant(length: int) -> Iterator[int]:
+    yield from itertools.repeat(length)
+
+
+def _find_ahead(buckets: _PromptBuckets) -> Iterator[int]:
+    # One thread, for it is Python that works: 10 to 50 us a prompt, with no image to wait for.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    iterator = iter(grain.MapDataset.source(buckets).to_iter_dataset(options))
+    iterator.start_prefetch()
+    return iterator
+
+
+def _read_ahead(source: _TrainRows | _EvaluationRows, lengths: Iterator[int], *, workers: int) -> HostBatches:
     positions = source.positions
     threads = _THREADS_PER_WORKER if workers else min(_MAX_THREADS, os.cpu_count() or 1)
     # Two batches ahead, all workers together: enough to hide a slow image, bounded in memory.
@@ -265,7 +324,7 @@ def _read_ahead(source: _TrainRows | _EvaluationRows, *, workers: int) -> HostBa
         dataset = dataset.mp_prefetch(processes, worker_init_fn=_live_as_long_as_parent)
     iterator = iter(dataset)
     iterator.start_prefetch()
-    return HostBatches(iterator, first_step=positions.start_step, rows_per_step=len(positions.rows))
+    return HostBatches(iterator, lengths, first_step=positions.start_step, rows_per_step=len(positions.rows))
 
 
 def _live_as_long_as_parent(worker_index: int, worker_count: int) -> None:
@@ -286,16 +345,16 @@ def _live_as_long_as_parent(worker_index: int, worker_count: int) -> None:
     threading.Thread(target=leave_with_parent, daemon=True, name="leave-with-parent").start()
 
 
-def _stack(rows: Sequence[_Row], *, step: int) -> HostBatch:
+def _stack(rows: Sequence[_Row], *, length: int, step: int) -> HostBatch:
     bad = tuple(row.record for row in rows if isinstance(row.record, BadRecord))
     weight = [float(isinstance(row.record, Record)) for row in rows]
     return HostBatch(
         arrays={
             "image": np.stack([row.image for row in rows]),
-            "text": np.stack([row.text.text for row in rows]),
-            "mask_ar": np.stack([row.text.mask_ar for row in rows]),
-            "mask_loss": np.stack([row.text.mask_loss for row in rows]),
-            "mask_input": np.stack([row.text.mask_input for row in rows]),
+            "text": np.stack([row.text.text[:length] for row in rows]),
+            "mask_ar": np.stack([row.text.mask_ar[:length] for row in rows]),
+            "mask_loss": np.stack([row.text.mask_loss[:length] for row in rows]),
+            "mask_input": np.stack([row.text.mask_input[:length] for row in rows]),
             "weight": np.array(weight, np.float32),
             "truncated": np.array([row.text.truncated for row in rows], np.float32),
             "index": np.array([row.index for row in rows], np.int64),

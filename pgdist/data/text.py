@@ -13,6 +13,8 @@ import numpy as np
 
 from pgdist.data.tokenizer import Tokenizer
 
+_SHORTEST_BUCKET = 16
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodedText:
@@ -25,12 +27,26 @@ class EncodedText:
     truncated: bool  # the text did not fit into T
 
 
+def prompt_ids(tokenizer: Tokenizer, prefix: str) -> list[int]:
+    """`[BOS] prefix "\\n"`, all that comes before an answer."""
+    return [tokenizer.bos_id, *tokenizer.encode(prefix), *tokenizer.encode("\n")]
+
+
+def prompt_bucket(longest: int, *, limit: int) -> int:
+    """What a batch of prompts is padded to, whose longest has so many tokens: 16, 32, 64 and so on, or `limit`.
+
+    A length is a program to compile, and this makes them few: 4 up to 128 tokens, 6 up to 512. Finer steps would save
+    little, for the 256 and more tokens of an image are read beside them.
+    """
+    return min(limit, max(_SHORTEST_BUCKET, 1 << (longest - 1).bit_length()))
+
+
 def encode_example(tokenizer: Tokenizer, *, prefix: str, suffix: str | None, length: int) -> EncodedText:
     """Encodes prefix and suffix into `length` = T positions.
 
     suffix=None makes a prompt for decoding: `[BOS] prefix "\\n"` without EOS, mask_ar and mask_loss all 0.
     """
-    head = [tokenizer.bos_id, *tokenizer.encode(prefix), *tokenizer.encode("\n")]
+    head = prompt_ids(tokenizer, prefix)
     tail = [] if suffix is None else [*tokenizer.encode(suffix), tokenizer.eos_id]
     end = min(length, len(head) + len(tail))
     start = min(length, len(head))

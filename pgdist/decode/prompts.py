@@ -12,13 +12,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pgdist.data.images import BadImage, load_image
-from pgdist.data.text import EncodedText, encode_example
+from pgdist.data.text import EncodedText, encode_example, prompt_bucket
 from pgdist.data.tokenizer import Tokenizer
 from pgdist.decode.decoder import Decoder
 from pgdist.errors import DataError
 from pgdist.mesh import batch_sharding, host_rows
-
-PROMPT_BUCKET = 16  # prompts are padded to a multiple of this many tokens, so that few programs are compiled
 
 ImageInput = str | os.PathLike | bytes | Image.Image | np.ndarray
 
@@ -80,7 +78,7 @@ def _encode_prompts(
             )
         encoded.append(text)
     longest = max((int(text.mask_input.sum()) for text in encoded), default=1)
-    length = min(max_tokens, -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET)
+    length = prompt_bucket(longest, limit=max_tokens)
     rows = {name: [getattr(text, name) for text in encoded] for name in ("text", "mask_ar", "mask_input")}
     return {name: np.array(row, np.int32).reshape(-1, max_tokens)[:, :length] for name, row in rows.items()}
 

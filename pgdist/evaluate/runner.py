@@ -18,6 +18,7 @@ from pgdist.data.jsonl import BadRecord, JsonlSource, Record
 from pgdist.data.loader import HostBatch, HostBatches, evaluation_batches
 from pgdist.data.tokenizer import Tokenizer
 from pgdist.decode.decoder import Decoder
+from pgdist.decode.sampling import Sampling
 from pgdist.evaluate.metrics import Metric
 from pgdist.mesh import batch_sharding, host_rows, put_batch
 from pgdist.models.paligemma import PaliGemma
@@ -61,6 +62,7 @@ class Evaluator:
     batch_size: int
     max_new_tokens: int
     metric: Metric
+    sampling: Sampling = Sampling()
     validation_step: Callable[[PyTree, PyTree, Mapping[str, jax.Array]], BatchLoss] | None = None
 
     def validation_loss(
@@ -101,6 +103,7 @@ class Evaluator:
             max_new_tokens=self.max_new_tokens,
             eos_id=self.tokenizer.eos_id,
             pad_id=self.tokenizer.pad_id,
+            sampling=self.sampling,
         )
         reasons: dict[int, str] = {}
         with self._batches(limit=limit, prompt_only=True) as batches:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pgdist.data.jsonl import BadRecord, JsonlSource, Record
 from pgdist.data.loader import evaluation_batches, train_batches
 from pgdist.data.order import ExampleOrder
-from pgdist.data.text import encode_example
+from pgdist.data.text import encode_example, prompt_bucket, prompt_ids
 from tests.data.pictures import colour
 
 LENGTH = 24
@@ -37,10 +37,10 @@ def train(tokenizer):
 def evaluate(tokenizer):
     """evaluation_batches with the tests' defaults, read to the end."""
 
-    def read(source, **options):
+    def read(source, length=LENGTH, **options):
         options = {"batch_size": 8, "rows": range(8), **options}
         batches = evaluation_batches(
-            source=source, tokenizer=tokenizer, image_size=SIZE, text_length=LENGTH, **options
+            source=source, tokenizer=tokenizer, image_size=SIZE, text_length=length, **options
         )
         with batches:
             return list(batches)
@@ -242,20 +242,80 @@ def test_evaluation_encodes_the_first_suffix_or_the_prompt_alone(make_source, ev
     source = make_source(5, suffixes=3)
     [whole] = evaluate(source)
     [prompts] = evaluate(source, prompt_only=True)
+    bucket = 16
+    assert prompts.arrays["text"].shape == (8, bucket)
     for i in range(5):
-        for batch, suffix in ((whole, f"red circle {i} 0"), (prompts, None)):
-            text = encode_example(tokenizer, prefix=f"caption en {i}", suffix=suffix, length=LENGTH)
+        for batch, suffix, length in ((whole, f"red circle {i} 0", LENGTH), (prompts, None, bucket)):
+            text = encode_example(tokenizer, prefix=f"caption en {i}", suffix=suffix, length=length)
             for name in ("text", "mask_ar", "mask_loss", "mask_input"):
                 np.testing.assert_array_equal(batch.arrays[name][i], getattr(text, name))
         assert prompts.records[i].suffixes == (f"red circle {i} 0", f"red circle {i} 1", f"red circle {i} 2")
 
 
-def test_any_sequence_of_records_is_a_source(make_source, evaluate):
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_all_hosts_pad_a_batch_to_its_longest_prompt_whoever_holds_it(make_source, evaluate, tokenizer, data):
+    limit, n = 100, 13
+    bad = data.draw(
+        st.dictionaries(st.integers(0, n - 1), st.sampled_from(["{broken", '{"image": "0.png"}']))
+    )
+    # The last ones do not fit.
+    words = data.draw(st.lists(st.sampled_from([0, 1, 6, 12, 25, 40, 80]), min_size=n, max_size=n))
+    images = [f"{i}.png" if data.draw(st.booleans()) else "gone.png" for i in range(n)]
+    lines = {
+        i: {"image": images[i], "prefix": " ".join(["circle"] * words[i]), "suffix": "s"} for i in range(n)
+    }
+    source = make_source(n, bad=lines | bad)
+    options = {"batch_size": 4, "limit": data.draw(st.integers(9, n)), "prompt_only": True}
+
+    whole = evaluate(source, rows=range(4), length=limit, **options)
+
+    for batch in whole:
+        examples = [i for i in batch.arrays["index"].tolist() if i >= 0 and i not in bad]
+        lengths = [len(prompt_ids(tokenizer, lines[i]["prefix"])) for i in examples]
+        longest = max((length for length in lengths if length <= limit), default=1)
+        assert batch.arrays["text"].shape == (4, prompt_bucket(longest, limit=limit))
+    cuts = sorted(data.draw(st.sets(st.integers(1, 4), max_size=3), label="cuts"))
+    for rows in np.split(np.array(data.draw(st.permutations(range(4)))), cuts):
+        if len(rows):
+            found = evaluate(source, rows=rows.tolist(), length=limit, **options)
+            assert_same_rows(found, whole, rows)
+
+
+def test_a_batch_of_nothing_but_bad_records_has_the_shortest_prompts(make_source, evaluate):
+    long = {"image": "0.png", "prefix": "red circle " * 40, "suffix": "s"}
+    [batch] = evaluate(make_source(2, bad={0: "{broken", 1: long}), prompt_only=True)
+    assert batch.arrays["text"].shape == (8, 16)
+    assert batch.arrays["mask_input"].sum(axis=1).tolist() == [1] * 8
+    assert not batch.arrays["weight"].any()
+
+
+def test_worker_processes_find_the_same_prompts(make_source, evaluate):
+    long = {"image": "0.png", "prefix": "red circle " * 8, "suffix": "s"}
+    source = make_source(11, bad={2: "{", 6: long})
+    whole = evaluate(source, batch_size=4, rows=range(4), prompt_only=True)
+    assert [batch.arrays["text"].shape[1] for batch in whole] == [16, LENGTH, 16]
+    found = evaluate(source, batch_size=4, rows=[0, 3], prompt_only=True, workers=2)
+    assert_same_rows(found, whole, [0, 3])
+
+
+def test_the_prompt_of_an_image_that_leads_out_of_its_folder_counts_everywhere(make_source):
+    source = make_source(3, bad={1: {"image": "../1.png", "prefix": "p", "suffix": "s"}, 2: "{broken"})
+    assert [source.prefix_of(i) for i in range(3)] == ["caption en 0", "p", None]
+    assert isinstance(source[1], BadRecord)
+
+
+class Records(list):
+    def prefix_of(self, index):
+        return self[index].prefix
+
+
+def test_any_sequence_of_records_that_gives_their_prefixes_is_a_source(make_source, evaluate):
     made = make_source(2)[1]
     prompt = Record(
         image=made.image, image_name="x", prefix="p", suffix=None, suffixes=(), extra={}, file="argv", line=1
     )
-    [batch] = evaluate([prompt], batch_size=2, rows=[0, 1], prompt_only=True)
+    [batch] = evaluate(Records([prompt]), batch_size=2, rows=[0, 1], prompt_only=True)
     assert batch.records == (prompt, None)
     assert (batch.arrays["image"][0] == colour(1)).all()
 

@@ -67,20 +67,16 @@ def stop_by_exception(batches) -> None:
         stop_by_exception,
     ],
 )
-def test_a_stopped_iterator_leaves_no_thread_and_no_process(make_source, tokenizer, stop, workers):
+@pytest.mark.parametrize("what", ["training", "prompts"])
+def test_a_stopped_iterator_leaves_no_thread_and_no_process(make_source, tokenizer, stop, workers, what):
     def start():
-        return train_batches(
-            source=make_source(10),
-            tokenizer=tokenizer,
-            image_size=SIZE,
-            text_length=LENGTH,
-            seed=3,
-            batch_size=8,
-            rows=range(8),
-            start_step=0,
-            num_steps=6,
-            workers=workers,
-        )
+        shared = {"tokenizer": tokenizer, "image_size": SIZE, "text_length": LENGTH, "workers": workers}
+        if what == "prompts":
+            source = make_source(12)
+            return evaluation_batches(source=source, batch_size=2, rows=[0, 1], prompt_only=True, **shared)
+        source = make_source(10)
+        shared |= {"seed": 3, "start_step": 0, "num_steps": 6}
+        return train_batches(source=source, batch_size=8, rows=range(8), **shared)
 
     threads, children = prefetch_threads(), set(psutil.Process().children())
     stop(start())

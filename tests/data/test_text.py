@@ -11,7 +11,7 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgdist.data.text import encode_example, masked_text
+from pgdist.data.text import encode_example, masked_text, prompt_bucket, prompt_ids
 from pgdist.data.tokenizer import Tokenizer
 from pgdist.errors import ConfigError
 from tests.data.conftest import TOKENIZER
@@ -41,9 +41,22 @@ def test_prefix_separator_suffix_and_masks(tokenizer):
 def test_a_prompt_ends_after_the_separator_and_learns_nothing(tokenizer):
     encoded = encode_example(tokenizer, prefix="count circles", suffix=None, length=16)
     prompt = [tokenizer.bos_id, *tokenizer.encode("count circles"), *tokenizer.encode("\n")]
+    assert prompt_ids(tokenizer, "count circles") == prompt
     assert encoded.text.tolist() == prompt + [0] * (16 - len(prompt))
     assert encoded.mask_input.sum() == len(prompt)
     assert not encoded.mask_ar.any() and not encoded.mask_loss.any()
+
+
+@pytest.mark.parametrize(
+    ("limit", "buckets"),
+    [(128, [16, 32, 64, 128]), (512, [16, 32, 64, 128, 256, 512]), (100, [16, 32, 64, 100]), (12, [12])],
+)
+def test_prompts_of_all_lengths_need_few_buckets_and_fit_into_theirs(limit, buckets):
+    found = {longest: prompt_bucket(longest, limit=limit) for longest in range(1, limit + 1)}
+    assert sorted(set(found.values())) == buckets
+    assert all(longest <= bucket for longest, bucket in found.items())
+    # The next shorter one would not do.
+    assert all(not any(longest <= other < found[longest] for other in buckets) for longest in found)
 
 
 def test_an_empty_suffix_still_learns_eos(tokenizer):

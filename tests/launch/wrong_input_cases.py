@@ -212,6 +212,21 @@ CONFIG = {
         2,
         r"config.eval.metric='exactmatch' .* mean 'exact_match'\?",
     ),
+    "unknown sampler": Case(
+        TRAIN + " --config.eval.sampler=beem",
+        2,
+        r"config.eval.sampler: expected one of greedy, sample, beam; found 'beem'. Did you mean beam\?",
+    ),
+    "probability above 1": Case(
+        TRAIN + " --config.eval.sampler=sample --config.eval.top_p=2",
+        2,
+        r"config.eval: top_p=2.0: expected a probability",
+    ),
+    "setting of another sampler": Case(
+        TRAIN + " --config.eval.temperature=0.5",
+        2,
+        r"config.eval: temperature, top_k and top_p are for the sampler sample, not greedy",
+    ),
     "unknown dtype": Case(
         TRAIN + " --config.frozen_dtype=fp16",
         2,

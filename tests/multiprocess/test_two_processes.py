@@ -5,6 +5,7 @@ Every run is real: `python -m launch.train`, joined over TCP on this machine.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -173,8 +174,18 @@ def test_sigterm_to_one_stops_both_and_the_next_start_ends_bitwise_like_an_undis
     assert largest_difference(host(alone.params), exported(undisturbed)) <= 1e-5
 
 
+def questions(inputs: Inputs) -> Path:
+    """The longest prompt of the first eight is the first process's, that of the next eight the second's."""
+    records = read_jsonl(inputs.train)
+    for number in (0, 13):
+        records[number]["prefix"] = "circle " * 15
+    path = inputs.train.with_name("questions.jsonl")
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
 def test_two_processes_answer_what_one_answers_and_one_of_them_writes(undisturbed, inputs, tmp_path):
-    flags = [f"--workdir={undisturbed}", f"--data={inputs.train}", "--batch_size=8"]
+    flags = [f"--workdir={undisturbed}", f"--data={questions(inputs)}", "--batch_size=8"]
     with Pair("launch.predict", *flags, f"--out={tmp_path / 'two.jsonl'}", log=tmp_path / "predict") as pair:
         assert pair.wait() == [0, 0], pair.tails()
 
