@@ -13,26 +13,29 @@ from functools import partial
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pgdist.decode import loop
+from pgdist.decode.given import GivenAnswers
 from pgdist.decode.loop import Carry, Search, make_search
 from pgdist.decode.placement import decoding_shardings
-from pgdist.decode.sampling import Sampling, Sequences
+from pgdist.decode.sampling import GREEDY, Sampling, Sequences
 from pgdist.decode.steps import ROWS, SplitSteps, Steps, WholeSteps, map_over_mesh
-from pgdist.mesh import AXES, batch_sharding, put_batch, replicated
-from pgdist.models.paligemma import DecodingState, PaliGemma, compute_dtype
-from pgdist.parameters import flatten, map_named
+from pgdist.errors import ConfigError
+from pgdist.mesh import batch_sharding, put_batch, replicated
+from pgdist.models.paligemma import DecodingState, PaliGemma, compute_dtype, parameter_shapes
+from pgdist.parameters import flatten, map_named, unflatten
 
 PyTree = Any
 _DECODED_ARRAYS = ("image", "text", "mask_input", "mask_ar", "weight", "index")
-# Where each part of what the loop carries lies: by row, but for counters, and the cache, whose rows are axis 1.
+# Where each part of what the loop carries lies: by row, but for counters.
 _CARRY = Carry(
     step=PartitionSpec(),
     token=ROWS,
     found=ROWS,
-    state=DecodingState(kv=PartitionSpec(None, AXES), visible=ROWS, position=ROWS, slot=PartitionSpec()),
+    state=DecodingState(kv=ROWS, visible=ROWS, position=ROWS, slot=PartitionSpec()),
 )
 
 
@@ -91,7 +94,7 @@ class Decoder:
     max_new_tokens: int
     eos_id: int
     pad_id: int = 0
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
 
     def place(self, params: Mapping) -> Mapping:
         """The nested parameters where decoding wants them (`pgdist.decode.placement`).
@@ -119,14 +122,20 @@ class Decoder:
         Rows of index -1 only fill a batch and have no answer.
         """
         params = self.place(params)
-        pending = None
-        for batch in batches:
-            dispatched = _decode(self._program, params, self._put(batch), self._seed)
-            if pending is not None:
-                yield from self._read(pending)
-            pending = dispatched
-        if pending is not None:
-            yield from self._read(pending)
+        yield from self._read_behind(
+            _decode(self._program, params, self._put(batch), self._seed) for batch in batches
+        )
+
+    def score_batches(self, params: Mapping, batches: Iterable[Batch]) -> Iterator[Decoded]:
+        """As `decode_batches`, but the answers are given, and come back in their order with their log-probabilities.
+
+        batches: with `answers` int32[R, C, M] as well, see `pgdist.decode.given.GivenAnswers`; C and M are the same in
+        all processes.  How many answers there may be depends on memory: each has a copy of its example's cache.
+        """
+        params = self.place(params)
+        yield from self._read_behind(
+            _score(self._program, params, self._put(batch, "answers")) for batch in batches
+        )
 
     def stream_batches(
         self,
@@ -138,28 +147,54 @@ class Decoder:
     ) -> Iterator[Decoded]:
         """As `decode_batches`, calling on_tokens(index, all tokens so far) whenever an example has more of them.
 
-        The loop is left for the host after so many tokens. Only of answers that grow token by token: not of beams, and
-        of the first candidate alone.
+        The loop is left for the host after so many tokens.  Raises ConfigError, at the first answer that is asked for,
+        with beams or several candidates: the best of those so far need not begin the best.
         """
+        if self.sampling.method == "beam" or self.sampling.width > 1:
+            raise ConfigError(
+                f"{self.sampling.width} candidates of the sampler {self.sampling.method}: an answer can be followed "
+                "while it grows where it is the only one, of the samplers greedy and sample."
+            )
         params = self.place(params)
         for batch in batches:
-            placed = self._put(batch)
-            carry, answers = _begin(self._program, params, placed, self._seed)
             heard: dict[int, int] = {}
-            for until in range(1, self.max_new_tokens + tokens_at_a_time, tokens_at_a_time):
-                if until > 1:
-                    carry, answers = _advance(
-                        self._program, params, carry, placed, np.int32(min(until, self.max_new_tokens))
-                    )
-                found = list(self._read(answers))
+            for found in self._grow(params, self._put(batch), tokens_at_a_time):
                 for each in found:
                     tokens = each.answers[0].tokens if each.answers else []
                     if len(tokens) > heard.get(each.index, 0):
                         heard[each.index] = len(tokens)
                         on_tokens(each.index, tokens)
-                if int(answers["step"]) < until:
-                    break
             yield from found
+
+    def parameters(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Each parameter by name, where `place` puts it and as narrow as it makes it."""
+        shapes = flatten(parameter_shapes(self.model.config))
+        shardings = decoding_shardings(self.mesh, shapes)
+        return {
+            name: jax.ShapeDtypeStruct(
+                leaf.shape, compute_dtype(self.model.config, name) or leaf.dtype, sharding=shardings[name]
+            )
+            for name, leaf in shapes.items()
+        }
+
+    def trace(self, *, prompt_tokens: int) -> jax.stages.Traced:
+        """What `decode_batches` runs for texts of so many columns, for devices that need not be here."""
+        size = self.model.config.image.image_size
+        text = ((prompt_tokens,), jnp.int32)
+        kinds = {
+            "image": ((size, size, 3), jnp.uint8),
+            "text": text,
+            "mask_input": text,
+            "mask_ar": text,
+            "weight": ((), jnp.float32),
+            "index": ((), jnp.int32),
+        }
+        rows = batch_sharding(self.mesh)
+        batch = {
+            name: jax.ShapeDtypeStruct((self.batch_size, *shape), dtype, sharding=rows)
+            for name, (shape, dtype) in kinds.items()
+        }
+        return _decode.trace(self._program, unflatten(self.parameters()), batch, self._seed)
 
     @property
     def _program(self) -> _Program:
@@ -179,34 +214,60 @@ class Decoder:
     def _seed(self) -> np.uint32:
         return np.uint32(self.sampling.seed)
 
-    def _put(self, batch: Batch) -> dict[str, jax.Array]:
-        arrays = {name: np.asarray(batch.arrays[name]) for name in _DECODED_ARRAYS}
+    def _put(self, batch: Batch, *more: str) -> dict[str, jax.Array]:
+        arrays = {name: np.asarray(batch.arrays[name]) for name in (*_DECODED_ARRAYS, *more)}
         arrays["index"] = _as_int32(arrays["index"])
         return put_batch(arrays, sharding=batch_sharding(self.mesh), batch_size=self.batch_size)
 
+    def _grow(
+        self, params: Mapping, batch: Mapping[str, jax.Array], tokens_at_a_time: int
+    ) -> Iterator[list[Decoded]]:
+        """The answers to a batch: after their first token, after every so many more, and when all have ended."""
+        carry, answers = _begin(self._program, params, batch, self._seed)
+        length = 1
+        while True:
+            found = list(self._read(answers))
+            yield found
+            if length == self.max_new_tokens or all(a.finished for each in found for a in each.answers):
+                return
+            length = min(length + tokens_at_a_time, self.max_new_tokens)
+            carry, answers = _advance(self._program, params, carry, batch, np.int32(length))
+
+    def _read_behind(self, dispatched: Iterable[Mapping[str, Any]]) -> Iterator[Decoded]:
+        """The answers to each batch, read while the device works on the next."""
+        pending = None
+        for answers in dispatched:
+            if pending is not None:
+                yield from self._read(pending)
+            pending = answers
+        if pending is not None:
+            yield from self._read(pending)
+
     def _read(self, answers: Mapping[str, Any]) -> Iterator[Decoded]:
-        weight, index = (np.asarray(answers[name]) for name in ("weight", "index"))
+        weight, index, step = (np.asarray(answers[name]) for name in ("weight", "index", "step"))
         sequences = jax.tree.map(np.asarray, answers["sequences"])
         for row, example in enumerate(index):
             if example < 0:
                 continue
             valid = bool(weight[row] > 0)
             found = [
-                self._answer(sequences, row, number)
-                for number in range(self.sampling.n)
-                if valid and np.isfinite(sequences.scores[row, number])
+                self._answer(sequences, row, number, cut=int(step))
+                for number in range(sequences.tokens.shape[1])
+                if valid and sequences.scores[row, number] != -np.inf
             ]
             yield Decoded(index=int(example), answers=tuple(found), valid=valid)
 
-    def _answer(self, sequences: Sequences, row: int, number: int) -> Answer:
+    def _answer(self, sequences: Sequences, row: int, number: int, *, cut: int) -> Answer:
+        """cut: the length of an answer that has not ended."""
         tokens, logprobs = sequences.tokens[row, number], sequences.logprobs[row, number]
         ends = np.flatnonzero(tokens == self.eos_id)
-        length = int(ends[0]) if ends.size else self.max_new_tokens
+        finished = bool(ends.size)
+        length = int(ends[0]) if finished else cut
         return Answer(
             tokens=tokens[:length].tolist(),
-            finished=bool(ends.size),
+            finished=finished,
             score=float(sequences.scores[row, number]),
-            logprobs=logprobs[: length + 1].tolist(),
+            logprobs=logprobs[: length + finished].tolist(),
         )
 
 
@@ -260,6 +321,17 @@ def _decode(
     sequences, step = program.run(
         decode, params, batch, seed, specs=(ROWS, PartitionSpec()), out=(ROWS, PartitionSpec())
     )
+    return program.answers(sequences, step, batch)
+
+
+@partial(jax.jit, static_argnums=0)
+def _score(program: _Program, params: Mapping, batch: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """As `_decode`, of given answers."""
+
+    def score(steps: Steps, batch: Mapping[str, jax.Array]) -> PyTree:
+        return loop.decode(steps, GivenAnswers(tokens=batch["answers"]), batch, jnp.uint32(0))
+
+    sequences, step = program.run(score, params, batch, specs=(ROWS,), out=(ROWS, PartitionSpec()))
     return program.answers(sequences, step, batch)
 
 

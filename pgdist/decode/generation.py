@@ -3,147 +3,161 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-import jax
-import numpy as np
 from jax.sharding import Mesh
-from PIL import Image, ImageOps
 
-from pgdist.data.images import BadImage, load_image
-from pgdist.data.text import EncodedText, encode_example, prompt_bucket
 from pgdist.data.tokenizer import Tokenizer
-from pgdist.decode.decoder import Decoder
-from pgdist.errors import ConfigError, DataError
-from pgdist.mesh import batch_sharding, host_rows, make_mesh
+from pgdist.decode.decoder import Answer, Decoder
+from pgdist.decode.prompts import ImageInput, PromptBatch, prompt_batches
+from pgdist.decode.sampling import GREEDY, Sampling
+from pgdist.errors import ConfigError
+from pgdist.mesh import make_mesh
 from pgdist.models.paligemma import PaliGemma, PaliGemmaConfig
+
+_STREAMED_AT_A_TIME = 4  # tokens: each look at the answers costs the host about as long as a token takes
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what tokens of single bytes are, until their character is whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _PromptBatch:
-    """See `pgdist.decode.decoder.Batch`."""
+class Generated:
+    """One of the answers to an image.
 
-    arrays: Mapping[str, np.ndarray]
+    tokens: ids, without the end-of-sequence token.  pieces: the tokens as the tokenizer writes them.
+    token_logprobs: of the tokens in nats, that of the end-of-sequence token last where there is one; logprob: their
+    sum.  finished: False where the answer was cut at max_new_tokens.  score: what the answers to an image are ordered
+    by, logprob but for the length penalty of beams.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    pieces: tuple[str, ...]
+    token_logprobs: tuple[float, ...]
+    logprob: float
+    finished: bool
+    score: float
 
 
 def generate(
     model: PaliGemma | PaliGemmaConfig,
     params: Mapping,
     *,
-    images: Sequence[str | os.PathLike | bytes | Image.Image | np.ndarray],
+    images: Sequence[ImageInput],
     prompts: str | Sequence[str],
     tokenizer: Tokenizer,
+    sampling: Sampling = GREEDY,
     max_new_tokens: int = 64,
     max_prompt_tokens: int = 512,
     batch_size: int = 8,
     mesh: Mesh | None = None,
+    on_text: Callable[[int, str], None] | None = None,
 ) -> list[str]:
-    """One answer for each image, in the order of the images.
+    """The answer to each image, of several the best, in the order of the images.
 
-    params: the nested parameter tree.  images: paths, encoded bytes, PIL images or uint8[H, W, 3] arrays.
-    prompts: one for all images, or one for each.  mesh: None is all devices; batch_size is rounded up to a
-    multiple of them. In a job of several processes all call this with the same arguments, and all get all
-    answers. Raises DataError for an image that cannot be read or a prompt longer than max_prompt_tokens.
+    params: the nested parameter tree.  images: paths, encoded bytes, PIL images or uint8[H, W, 3] arrays.  prompts: one
+    for all images, or one for each.  sampling: how tokens are chosen; by default, the likeliest.  mesh: None is all
+    devices; batch_size is rounded up to a multiple of them.  on_text: called with an image's place in `images` and its
+    answer so far whenever that has grown; the last time, with all of it.
+
+    In a job of several processes all call this with the same arguments, and all get, and hear, all answers.
+
+    Raises DataError for an image that cannot be read or a prompt longer than max_prompt_tokens; ConfigError for sizes
+    below one, and for on_text with beams or several candidates, of which no one knows yet which will be the best.
     """
-    if isinstance(model, PaliGemmaConfig):
-        model = PaliGemma(model)
+    decoder = make_decoder(
+        model, tokenizer, sampling=sampling, max_new_tokens=max_new_tokens, batch_size=batch_size, mesh=mesh
+    )
+    batches = prompt_batches(decoder, images, prompts, tokenizer=tokenizer, max_tokens=max_prompt_tokens)
+    if on_text is not None:
+        return list(_stream_texts(decoder, params, batches, tokenizer=tokenizer, on_text=on_text))
+    return [tokenizer.decode(found.answers[0].tokens) for found in decoder.decode_batches(params, batches)]
+
+
+def generate_candidates(
+    model: PaliGemma | PaliGemmaConfig,
+    params: Mapping,
+    *,
+    images: Sequence[ImageInput],
+    prompts: str | Sequence[str],
+    tokenizer: Tokenizer,
+    sampling: Sampling,
+    max_new_tokens: int = 64,
+    max_prompt_tokens: int = 512,
+    batch_size: int = 8,
+    mesh: Mesh | None = None,
+) -> list[list[Generated]]:
+    """The `sampling.n` answers to each image, best first, with their log-probabilities; see `generate`."""
+    decoder = make_decoder(
+        model, tokenizer, sampling=sampling, max_new_tokens=max_new_tokens, batch_size=batch_size, mesh=mesh
+    )
+    batches = prompt_batches(decoder, images, prompts, tokenizer=tokenizer, max_tokens=max_prompt_tokens)
+    return [
+        [_generated(answer, tokenizer) for answer in found.answers]
+        for found in decoder.decode_batches(params, batches)
+    ]
+
+
+def make_decoder(
+    model: PaliGemma | PaliGemmaConfig,
+    tokenizer: Tokenizer,
+    *,
+    sampling: Sampling,
+    max_new_tokens: int,
+    batch_size: int,
+    mesh: Mesh | None,
+) -> Decoder:
+    """The decoder that these arguments of `generate` mean."""
     if max_new_tokens < 1 or batch_size < 1:
         raise ConfigError(
             f"max_new_tokens={max_new_tokens}, batch_size={batch_size}: both must be at least 1."
         )
-    if isinstance(prompts, str):
-        prompts = [prompts] * len(images)
-    if len(prompts) != len(images):
-        raise DataError(
-            f"{len(images)} images but {len(prompts)} prompts: give one prompt, or one for each image."
-        )
     mesh = make_mesh() if mesh is None else mesh
-    batch_size = -(-batch_size // mesh.size) * mesh.size
-    texts = _encode_prompts(tokenizer, prompts, max_tokens=max_prompt_tokens)
-    decoder = Decoder(
-        model=model,
+    return Decoder(
+        model=PaliGemma(model) if isinstance(model, PaliGemmaConfig) else model,
         mesh=mesh,
-        batch_size=batch_size,
+        batch_size=-(-batch_size // mesh.size) * mesh.size,
         max_new_tokens=max_new_tokens,
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
+        sampling=sampling,
     )
-    if jax.process_count() > 1:
-        # An image that cannot be read must stop all processes, not only the one that decodes it.
-        for number, image in enumerate(images):
-            _read_image(image, size=model.config.image.image_size, number=number)
-    rows = host_rows(batch_sharding(mesh), batch_size)
-    batches = _prompt_batches(
-        images, texts, image_size=model.config.image.image_size, batch_size=batch_size, rows=rows
+
+
+def _stream_texts(
+    decoder: Decoder,
+    params: Mapping,
+    batches: Iterable[PromptBatch],
+    *,
+    tokenizer: Tokenizer,
+    on_text: Callable[[int, str], None],
+) -> Iterator[str]:
+    """The answers in order, each told while it grows: what was told begins what is told next."""
+    told: dict[int, str] = {}
+
+    def tell(index: int, text: str) -> None:
+        if text != told.get(index, ""):
+            told[index] = text
+            on_text(index, text)
+
+    decoded = decoder.stream_batches(
+        params,
+        batches,
+        tokens_at_a_time=_STREAMED_AT_A_TIME,
+        on_tokens=lambda index, tokens: tell(index, tokenizer.decode(tokens).rstrip(_INCOMPLETE)),
     )
-    return [tokenizer.decode(found.answers[0].tokens) for found in decoder.decode_batches(params, batches)]
+    for found in decoded:
+        text = tokenizer.decode(found.answers[0].tokens)
+        tell(found.index, text)
+        yield text
 
 
-def _encode_prompts(
-    tokenizer: Tokenizer, prompts: Sequence[str], *, max_tokens: int
-) -> dict[str, np.ndarray]:
-    """text, mask_ar, mask_input int32[n, P]; P is the longest prompt's length, rounded up to a bucket."""
-    encoded: list[EncodedText] = []
-    for number, prompt in enumerate(prompts):
-        text = encode_example(tokenizer, prefix=prompt, suffix=None, length=max_tokens)
-        if text.truncated:
-            shown = f"{prompt[:80]!r}{'...' if len(prompt) > 80 else ''}"
-            raise DataError(
-                f"Prompt {number} ({shown}) is longer than {max_tokens} tokens with its start and separator: "
-                "shorten it, or raise max_prompt_tokens."
-            )
-        encoded.append(text)
-    longest = max((int(text.mask_input.sum()) for text in encoded), default=1)
-    length = prompt_bucket(longest, limit=max_tokens)
-    rows = {name: [getattr(text, name) for text in encoded] for name in ("text", "mask_ar", "mask_input")}
-    return {name: np.array(row, np.int32).reshape(-1, max_tokens)[:, :length] for name, row in rows.items()}
-
-
-def _prompt_batches(
-    images: Sequence, texts: Mapping[str, np.ndarray], *, image_size: int, batch_size: int, rows: np.ndarray
-) -> Iterator[_PromptBatch]:
-    """This process's rows of each global batch; the last is filled up with rows of weight 0 and index -1."""
-    for start in range(0, len(images), batch_size):
-        index = np.where(start + rows < len(images), start + rows, -1)
-        real = index >= 0
-        image = np.zeros((len(rows), image_size, image_size, 3), np.uint8)
-        for row in np.flatnonzero(real):
-            image[row] = _read_image(images[index[row]], size=image_size, number=int(index[row]))
-        arrays = {
-            "image": image,
-            # Index -1 repeats the last prompt in the filling rows: any would do, nobody reads their answers.
-            **{name: array[index] for name, array in texts.items()},
-            "weight": real.astype(np.float32),
-            "index": index,
-        }
-        yield _PromptBatch(arrays=arrays)
-
-
-def _read_image(image: object, *, size: int, number: int) -> np.ndarray:
-    """uint8[size, size, 3]; DataError with the image's place in the list, and its path if it has one."""
-    try:
-        return load_image(_as_file(image), size=size)
-    except BadImage as error:
-        name = f" ({os.fspath(image)})" if isinstance(image, str | os.PathLike) else ""
-        raise DataError(f"Image {number}{name}: {error.reason}.") from error
-
-
-def _as_file(image: object) -> str | os.PathLike | bytes:
-    """The image as a path or encoded bytes; pixels become a PNG, so that all go through the same resize."""
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-            raise BadImage(f"expected an array uint8[H, W, 3], found {image.dtype}{list(image.shape)}")
-        image = Image.fromarray(image)
-    if not isinstance(image, Image.Image):
-        if not isinstance(image, str | os.PathLike | bytes):
-            found = type(image).__name__
-            raise BadImage(f"expected a path, bytes, a PIL image or a uint8 array, found {found}")
-        return image
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode in ("CMYK", "YCbCr", "LAB", "HSV", "F"):  # PNG has no such modes
-        upright = upright.convert("RGB")
-    file = io.BytesIO()
-    upright.save(file, format="PNG", compress_level=0)
-    return file.getvalue()
+def _generated(answer: Answer, tokenizer: Tokenizer) -> Generated:
+    return Generated(
+        text=tokenizer.decode(answer.tokens),
+        tokens=tuple(answer.tokens),
+        pieces=tuple(tokenizer.pieces(answer.tokens)),
+        token_logprobs=tuple(answer.logprobs),
+        logprob=answer.logprob,
+        finished=answer.finished,
+        score=answer.score,
+    )

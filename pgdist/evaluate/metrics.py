@@ -8,18 +8,15 @@ never raises.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from pgdist.data.locations import find_boxes
 from pgdist.errors import ConfigError
 
 Metric = Callable[[str, str | Sequence[str]], float]
-
-LOC_SCALE = 1023  # <loc0000>..<loc1023>: a coordinate is round(v * 1023), v a share of the image's side
-_LOC_BOX = re.compile(r"<loc(\d{4})>" * 4)
 
 
 def metric(name: str) -> Metric:
@@ -86,9 +83,7 @@ def _as_list(references: str | Sequence[str]) -> Sequence[str]:
 
 def _boxes(text: str) -> np.ndarray:
     """The valid boxes written in the text, float64[n, 4] as y0 x0 y1 x1, shares of the image; n may be 0."""
-    found = np.array(_LOC_BOX.findall(text), dtype=np.float64).reshape(-1, 4)
-    y0, x0, y1, x1 = found.T
-    return found[(y0 < y1) & (y1 <= LOC_SCALE) & (x0 < x1) & (x1 <= LOC_SCALE)] / LOC_SCALE
+    return np.array([(box.y0, box.x0, box.y1, box.x1) for box in find_boxes(text)], np.float64).reshape(-1, 4)
 
 
 def _mean_iou(boxes: np.ndarray, references: np.ndarray) -> float:

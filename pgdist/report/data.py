@@ -146,11 +146,11 @@ def _read_metrics(path: Path, *, notes: dict[str, str]) -> Metrics:
         step = row.pop("step", None)
         if not isinstance(step, int) or not 0 <= step < _LARGEST:
             continue
-        time = _number(row.pop("time", None))
+        time = as_number(row.pop("time", None))
         if math.isfinite(time):
             times[step] = time
         for name, value in row.items():
-            series.setdefault(name, {})[step] = _number(value)
+            series.setdefault(name, {})[step] = as_number(value)
     return Metrics(
         series={name: tuple(sorted(points.items())) for name, points in series.items()},
         times=tuple(sorted(times.items())),
@@ -174,7 +174,7 @@ def _read_parameters(path: Path, *, notes: dict[str, str]) -> tuple[Parameter, .
                 shape=tuple(map(_whole, row["shape"])),
                 dtype=str(row["dtype"]),
                 trainable=bool(row["trainable"]),
-                lr_scale=_number(row.get("lr_scale")),
+                lr_scale=as_number(row.get("lr_scale")),
                 decay=bool(row.get("decay")),
                 sharding=str(row.get("sharding", "")),
                 bytes=_whole(row.get("bytes", 0)),
@@ -191,33 +191,36 @@ def _read_evaluations(directory: Path, *, notes: dict[str, str]) -> tuple[Evalua
     for path in sorted(directory.glob("step_*.jsonl")):
         if match := re.fullmatch(r"step_(\d+)\.jsonl", path.name):
             rows = _read_rows(path, notes=notes)
-            predictions = tuple(_prediction(row, number=number) for number, row in enumerate(rows))
+            predictions = tuple(read_prediction(row, number=number) for number, row in enumerate(rows))
             evaluations.append(Evaluation(step=int(match[1]), predictions=predictions))
     if not evaluations:
         notes["predictions"] = "There are no predictions in this workdir."
     return tuple(sorted(evaluations, key=lambda evaluation: evaluation.step))
 
 
-def _prediction(row: Mapping[str, Any], *, number: int) -> Prediction:
+def read_prediction(row: Mapping[str, Any], *, number: int) -> Prediction:
+    """The row `number` of predictions."""
     index, truth, scores = row.get("index"), row.get("suffix"), row.get("score")
+    if not isinstance(scores, dict):  # without its name, as prediction writes it
+        scores = {} if scores is None else {"score": scores}
     return Prediction(
         index=index if isinstance(index, int) else number,
-        image=_text(row.get("image")),
-        prefix=_text(row.get("prefix")),
-        truths=() if truth is None else tuple(map(_text, truth if isinstance(truth, list) else [truth])),
-        text=_text(row.get("prediction")),
-        scores={name: _number(value) for name, value in scores.items()} if isinstance(scores, dict) else {},
+        image=as_text(row.get("image")),
+        prefix=as_text(row.get("prefix")),
+        truths=() if truth is None else tuple(map(as_text, truth if isinstance(truth, list) else [truth])),
+        text=as_text(row.get("prediction")),
+        scores={name: as_number(value) for name, value in scores.items()},
     )
 
 
 def _example(row: Mapping[str, Any]) -> Example:
-    pieces = [_text(piece) for piece in _list(row.get("pieces"))]
+    pieces = [as_text(piece) for piece in _list(row.get("pieces"))]
     masks = [_bits(row.get(name)) for name in ("mask_ar", "mask_loss", "mask_input")]
     length = min(len(pieces), *map(len, masks))
     return Example(
         image=raster_data_uri(row.get("image")),
-        prefix=_text(row.get("prefix")),
-        suffix=_text(row.get("suffix")),
+        prefix=as_text(row.get("prefix")),
+        suffix=as_text(row.get("suffix")),
         pieces=tuple(pieces[:length]),
         mask_ar=tuple(masks[0][:length]),
         mask_loss=tuple(masks[1][:length]),
@@ -255,7 +258,7 @@ def _read_rows(path: Path, *, notes: dict[str, str]) -> list[dict[str, Any]]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                row = _parse_row(line)
+                row = parse_row(line)
                 if row is not None:
                     rows.append(row)
                 elif line.endswith(b"\n"):
@@ -270,7 +273,8 @@ def _read_rows(path: Path, *, notes: dict[str, str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _parse_row(line: bytes) -> dict[str, Any] | None:
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """The JSON object of a line, None where it is none."""
     try:
         row = json.loads(line.decode("utf-8", errors="replace"))
     except (ValueError, RecursionError):
@@ -283,10 +287,11 @@ def _list(value: Any) -> Sequence[Any]:
 
 
 def _bits(value: Any) -> list[int]:
-    return [int(_number(bit) == 1) for bit in _list(value)]
+    return [int(as_number(bit) == 1) for bit in _list(value)]
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """Text as it is, nothing for null, JSON for the rest."""
     if value is None:
         return ""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -298,7 +303,7 @@ def _whole(value: Any) -> int:
     return value
 
 
-def _number(value: Any) -> float:
+def as_number(value: Any) -> float:
     """A number, or one of the strings that stand for what JSON lacks; nan for anything else."""
     try:
         return float(value)

@@ -13,14 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgdist.data.images import BadImage
 from pgdist.hub import cache
 from pgdist.report.data import Evaluation, Prediction, Run, raster_data_uri
-from pgdist.report.thumbnails import thumbnail
+from pgdist.report.thumbnails import find_thumbnail
 
 MOST_COLUMNS = 6
 MOST_ROWS = 16
-MOST_CHARACTERS = 200  # of an image's name or of what is wrong with it
+MOST_CHARACTERS = 200  # of an image's name
 _WORD = re.compile(r"<(?:loc|seg)\d+>|\s+|[^\s<]+|<")
 _MOST_WORDS = 300  # difflib's time grows with the square
 
@@ -112,11 +111,12 @@ def _row(known: Prediction, predictions: Sequence[Prediction | None], *, run: Ru
         image_name="image in the file" if raster_data_uri(known.image) else known.image[:MOST_CHARACTERS],
         prefix=known.prefix,
         truths=known.truths,
-        answers=tuple(None if p is None else _answer(p, metric=metric) for p in predictions),
+        answers=tuple(None if p is None else compare_with_truth(p, metric=metric) for p in predictions),
     )
 
 
-def _answer(prediction: Prediction, *, metric: str | None) -> Answer:
+def compare_with_truth(prediction: Prediction, *, metric: str | None) -> Answer:
+    """metric: the one of the prediction's scores that decides what is right."""
     if prediction.truths and prediction.text.strip() not in prediction.truths:
         nearest = max(prediction.truths, key=lambda truth: _similarity(prediction.text, truth))
         words = compare_words(prediction.text, nearest)
@@ -142,13 +142,7 @@ def _thumbnail(name: str, *, run: Run) -> tuple[str | None, str]:
     """The image as the model sees it, square, as a data URI; or None and why not."""
     if raster_data_uri(name):
         return name, ""
-    if not name:
-        return None, "no image is named"
-    candidates = [root / name for root in (_data_folder(run), run.workdir)]
-    try:
-        return thumbnail(next((path for path in candidates if path.is_file()), candidates[0])), ""
-    except (BadImage, OSError, ValueError) as error:  # ValueError: a name that no file system takes
-        return None, str(error)[:MOST_CHARACTERS]
+    return find_thumbnail(name, folders=(_data_folder(run), run.workdir))
 
 
 def _data_folder(run: Run) -> Path:

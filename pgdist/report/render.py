@@ -16,12 +16,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pgdist.report import formats
 from pgdist.report.charts import Line, line_chart
 from pgdist.report.data import Metrics, Parameter, Run, flatten_settings, load_run
+from pgdist.report.page import make_environment, write_page
 from pgdist.report.predictions import build_grid
 from pgdist.report.timing import run_seconds, summarize_timing
 from pgdist.report.tokens import describe_tokens
@@ -39,36 +39,12 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
     cannot be written; what its files hold is never a reason to raise.
     """
     workdir = Path(workdir)
-    page = render_report(load_run(workdir))
-    path = workdir / "report.html"
-    unfinished = workdir / f"report.html.{os.getpid()}.tmp"
-    try:
-        # JSON may hold halves of surrogate pairs, which no encoding takes.
-        unfinished.write_bytes(page.encode("utf-8", errors="replace"))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path
+    return write_page(workdir / "report.html", render_report(load_run(workdir)))
 
 
 def render_report(run: Run) -> str:
     """The page as text."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for function in (
-        formats.number,
-        formats.count,
-        formats.size,
-        formats.duration,
-        formats.percent,
-        formats.breakable,
-    ):
-        environment.filters[function.__name__] = function
+    environment = make_environment()
     script = environment.get_template("script.js.jinja").render()
     metric = main_metric(run)
     return environment.get_template("report.html.jinja").render(

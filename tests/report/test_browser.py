@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pgdist.report import write_report
+from pgdist.report import write_predictions_report, write_report
+from tests.report.conftest import draw_scene
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 OPTIONS = (
@@ -82,3 +83,16 @@ def test_the_pointer_over_a_chart_shows_the_values_of_its_step(workdir, tmp_path
     caption = re.search(r"<figcaption>.*?</figcaption>", document, re.DOTALL)[0]
     assert "step 32" in caption
     assert re.findall(r"<output>(.*?)</output>", caption) == [training, validation]
+
+
+def test_the_page_of_a_prediction_loads_without_a_complaint_and_runs_nothing_of_its_texts(tmp_path):
+    attack = "<script>document.title = 'broken in'</script></title></svg><img src=x onerror='alert(1)'>"
+    draw_scene(0).save(tmp_path / "scene.png")
+    box = "<loc0102><loc0051><loc0614><loc0818>"
+    texts = {"prefix": attack, "suffix": f"{box} {attack}", "prediction": f"{box} it's ; {attack}"}
+    rows = [{"index": 0, "image": "scene.png", **texts, "predictions": [attack, attack]}]
+    page = write_predictions_report(tmp_path / "page.html", rows, image_root=tmp_path, title=attack)
+    document, console = load(page, profile=tmp_path / "profile")
+    assert console == []
+    assert "<title>&lt;script&gt;" in document
+    assert document.count("<rect") == 2 and document.count("<script") == 0
