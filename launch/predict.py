@@ -4,6 +4,7 @@
     python -m launch.predict --workdir=runs/demo --prompt="caption en" --images=photos --out=captions.jsonl
     python -m launch.predict --workdir=runs/demo --data=questions.jsonl --out=answers.jsonl --sampler=beam --n=3
     python -m launch.predict --config=configs/demo.py --weights=a.npz --prompt="caption en" --images a.jpg
+    python -m launch.predict --config=configs/notebook.py --compile_only --topology=v5e:4x4 --dump=/tmp/generate
 
 Standard output gets the answers alone, one a line (a line break in an answer is written as \\n), in the order of the
 inputs. --out gets JSON lines with the inputs beside them, as they come; the same command goes on where a run of it
@@ -21,15 +22,18 @@ from typing import IO, TYPE_CHECKING
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from launch import entry, membership, sampling_flags
+from launch import compile_only, entry, membership, sampling_flags
 from pgdist import heartbeat
 from pgdist.errors import ConfigError, WeightsError
 
 if TYPE_CHECKING:
+    import jax
+
     from pgdist.data.image_files import ImageSource
     from pgdist.data.jsonl import JsonlSource
     from pgdist.evaluate.answers_file import AnswersFile, Progress
     from pgdist.evaluate.choices import Choices
+    from pgdist.plan import CompiledDecoding
     from pgdist.predict import Request
 
 _WORKDIR = flags.DEFINE_string(
@@ -76,6 +80,9 @@ _BATCH_SIZE = flags.DEFINE_integer(
 
 def main(*more_images: str) -> None:
     """Reads the flags, finds what is to be answered, loads the model, answers."""
+    if compile_only.is_wanted():
+        compile_only.run(_compile)
+        return
     images = [*_IMAGES.value, *more_images]
     _check_flags(images)
     heartbeat.beat("starting")
@@ -111,6 +118,25 @@ def main(*more_images: str) -> None:
         cluster.on_primary(lambda: _write_report(request.source.root))
     progress.failures.check()
     cluster.leave()
+
+
+def _compile(devices: Sequence[jax.Device] | None) -> CompiledDecoding:
+    if bool(_WORKDIR.value) == bool(_CONFIG.value):
+        raise ConfigError("give --workdir=RUN or --config=FILE.py; not both")
+    from pgdist import plan
+    from pgdist.config import check_values
+    from pgdist.inference import read_run_config
+
+    config = _CONFIG.value or read_run_config(_WORKDIR.value)
+    check_values(config)
+    return plan.compile_decoding(
+        config,
+        batch_size=_BATCH_SIZE.value or config.batch_size,
+        prompt_tokens=config.data.text_length,
+        max_new_tokens=_MAX_NEW_TOKENS.value or config.eval.max_new_tokens,
+        sampling=sampling_flags.make_sampling(config, tokenizer=None),
+        devices=devices,
+    )
 
 
 def _check_flags(images: Sequence[str]) -> None:
@@ -163,7 +189,7 @@ def _make_request(config: ConfigDict, images: Sequence[str]) -> Request:
         weights=weights,
         tokenizer=tokenizer,
         source=source,
-        sampling=Sampling() if choices else sampling_flags.make_sampling(config, tokenizer),
+        sampling=Sampling() if choices else sampling_flags.make_sampling(config, tokenizer=tokenizer),
         choices=choices,
         max_new_tokens=_MAX_NEW_TOKENS.value or config.eval.max_new_tokens,
         max_prompt_tokens=_MAX_PROMPT_TOKENS.value,

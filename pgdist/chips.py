@@ -13,21 +13,23 @@ class Chip:
     """A kind of accelerator, as its maker gives the figures.
 
     clock: Hz, of the cycles that the compiler counts.  peak: FLOP/s in bfloat16.  memory: bytes that a program may
-    use.  link: bytes/s that a device sends and receives over all its links in a ring.
+    use, and bandwidth: bytes/s at which it reads them.  link: bytes/s that a device sends and receives over all its
+    links in a ring.
     """
 
     clock: float
     peak: float
     memory: int
+    bandwidth: float
     link: float
 
 
 _GIB = 2**30
 # By JAX's device_kind. Cloud TPU's system architecture pages; memory is what the compiler leaves to a program.
 _CHIPS = {
-    "TPU v5 lite": Chip(clock=1.5e9, peak=197e12, memory=int(15.75 * _GIB), link=180e9),
-    "TPU v6 lite": Chip(clock=1.75e9, peak=918e12, memory=int(31.25 * _GIB), link=360e9),
-    "TPU v5": Chip(clock=1.75e9, peak=459e12, memory=int(95.74 * _GIB), link=540e9),
+    "TPU v5 lite": Chip(clock=1.5e9, peak=197e12, memory=int(15.75 * _GIB), bandwidth=819e9, link=180e9),
+    "TPU v6 lite": Chip(clock=1.75e9, peak=918e12, memory=int(31.25 * _GIB), bandwidth=1640e9, link=360e9),
+    "TPU v5": Chip(clock=1.75e9, peak=459e12, memory=int(95.74 * _GIB), bandwidth=2765e9, link=540e9),
 }
 # Those pages again, of chips for which no step is estimated: FLOP/s of a core, two of which make a chip. JAX shows
 # them as one device (v4) or as two.

@@ -24,18 +24,18 @@ from pgdist.decode.placement import decoding_shardings
 from pgdist.decode.sampling import GREEDY, Sampling, Sequences
 from pgdist.decode.steps import ROWS, SplitSteps, Steps, WholeSteps, map_over_mesh
 from pgdist.errors import ConfigError
-from pgdist.mesh import AXES, batch_sharding, put_batch, replicated
-from pgdist.models.paligemma import DecodingState, PaliGemma, compute_dtype
-from pgdist.parameters import flatten, map_named
+from pgdist.mesh import batch_sharding, put_batch, replicated
+from pgdist.models.paligemma import DecodingState, PaliGemma, compute_dtype, parameter_shapes
+from pgdist.parameters import flatten, map_named, unflatten
 
 PyTree = Any
 _DECODED_ARRAYS = ("image", "text", "mask_input", "mask_ar", "weight", "index")
-# Where each part of what the loop carries lies: by row, but for counters, and the cache, whose rows are axis 1.
+# Where each part of what the loop carries lies: by row, but for counters.
 _CARRY = Carry(
     step=PartitionSpec(),
     token=ROWS,
     found=ROWS,
-    state=DecodingState(kv=PartitionSpec(None, AXES), visible=ROWS, position=ROWS, slot=PartitionSpec()),
+    state=DecodingState(kv=ROWS, visible=ROWS, position=ROWS, slot=PartitionSpec()),
 )
 
 
@@ -166,19 +166,35 @@ class Decoder:
                         on_tokens(each.index, tokens)
             yield from found
 
-    def _grow(
-        self, params: Mapping, batch: Mapping[str, jax.Array], tokens_at_a_time: int
-    ) -> Iterator[list[Decoded]]:
-        """The answers to a batch: after their first token, after every so many more, and when all have ended."""
-        carry, answers = _begin(self._program, params, batch, self._seed)
-        length = 1
-        while True:
-            found = list(self._read(answers))
-            yield found
-            if length == self.max_new_tokens or all(a.finished for each in found for a in each.answers):
-                return
-            length = min(length + tokens_at_a_time, self.max_new_tokens)
-            carry, answers = _advance(self._program, params, carry, batch, np.int32(length))
+    def parameters(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Each parameter by name, where `place` puts it and as narrow as it makes it."""
+        shapes = flatten(parameter_shapes(self.model.config))
+        shardings = decoding_shardings(self.mesh, shapes)
+        return {
+            name: jax.ShapeDtypeStruct(
+                leaf.shape, compute_dtype(self.model.config, name) or leaf.dtype, sharding=shardings[name]
+            )
+            for name, leaf in shapes.items()
+        }
+
+    def trace(self, *, prompt_tokens: int) -> jax.stages.Traced:
+        """What `decode_batches` runs for texts of so many columns, for devices that need not be here."""
+        size = self.model.config.image.image_size
+        text = ((prompt_tokens,), jnp.int32)
+        kinds = {
+            "image": ((size, size, 3), jnp.uint8),
+            "text": text,
+            "mask_input": text,
+            "mask_ar": text,
+            "weight": ((), jnp.float32),
+            "index": ((), jnp.int32),
+        }
+        rows = batch_sharding(self.mesh)
+        batch = {
+            name: jax.ShapeDtypeStruct((self.batch_size, *shape), dtype, sharding=rows)
+            for name, (shape, dtype) in kinds.items()
+        }
+        return _decode.trace(self._program, unflatten(self.parameters()), batch, self._seed)
 
     @property
     def _program(self) -> _Program:
@@ -202,6 +218,20 @@ class Decoder:
         arrays = {name: np.asarray(batch.arrays[name]) for name in (*_DECODED_ARRAYS, *more)}
         arrays["index"] = _as_int32(arrays["index"])
         return put_batch(arrays, sharding=batch_sharding(self.mesh), batch_size=self.batch_size)
+
+    def _grow(
+        self, params: Mapping, batch: Mapping[str, jax.Array], tokens_at_a_time: int
+    ) -> Iterator[list[Decoded]]:
+        """The answers to a batch: after their first token, after every so many more, and when all have ended."""
+        carry, answers = _begin(self._program, params, batch, self._seed)
+        length = 1
+        while True:
+            found = list(self._read(answers))
+            yield found
+            if length == self.max_new_tokens or all(a.finished for each in found for a in each.answers):
+                return
+            length = min(length + tokens_at_a_time, self.max_new_tokens)
+            carry, answers = _advance(self._program, params, carry, batch, np.int32(length))
 
     def _read_behind(self, dispatched: Iterable[Mapping[str, Any]]) -> Iterator[Decoded]:
         """The answers to each batch, read while the device works on the next."""

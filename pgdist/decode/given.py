@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from pgdist.decode.logits import Logits
 from pgdist.decode.sampling import Sequences, write_column
 
 NOTHING = -1  # where an answer has no token
@@ -50,14 +51,14 @@ class GivenAnswers:
         """bool[B]: which examples have an answer that goes on."""
         return read.left > 0
 
-    def choose(self, step: jax.Array, logits: jax.Array, read: Read) -> tuple[jax.Array, None, Read]:
-        """int32[], float32[B, C, V] -> (int32[B, C], the answers' tokens number `step`; None, for each goes on by
+    def choose(self, step: jax.Array, logits: Logits, read: Read) -> tuple[jax.Array, None, Read]:
+        """int32[], logits of B * C rows -> (int32[B, C], the answers' tokens number `step`; None, for each goes on by
         itself; the answers, read so far).
         """
         given = jax.lax.dynamic_index_in_dim(self.tokens, step, axis=2, keepdims=False)
         token = jnp.maximum(given, 0)
-        logprob = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
-        logprob = jnp.where(given == NOTHING, 0.0, logprob - jax.nn.logsumexp(logits, axis=-1))
+        logprob = logits.log_probability(token.reshape(-1)).reshape(token.shape)
+        logprob = jnp.where(given == NOTHING, 0.0, logprob)
         return token, None, Read(left=read.left - 1, logprobs=write_column(read.logprobs, logprob, step))
 
     def results(self, read: Read) -> Sequences:

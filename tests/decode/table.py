@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pgdist.decode import Sampling, loop
+from pgdist.decode.logits import Logits
 from pgdist.decode.sampling import Sequences
 from pgdist.models.gemma import KVCache
 from pgdist.models.paligemma import DecodingState
@@ -25,17 +26,17 @@ class TableSteps:
 
     def prefill(self, image, prompt, mask, *, max_new_tokens):
         rows = prompt.shape[0]
-        nothing = jnp.zeros((1, rows, 1, 1, 1))
+        nothing = jnp.zeros((rows, 1, 1, 1))
         state = DecodingState(
-            kv=KVCache(key=nothing, value=nothing),
+            kv=(KVCache(key=nothing, value=nothing),),
             visible=mask,
             position=jnp.zeros(rows, jnp.int32),
             slot=jnp.int32(0),
         )
-        return self.logits[prompt[:, 0]], state
+        return Logits(part=self.logits[prompt[:, 0]]), state
 
     def extend(self, token, state):
-        return self.logits[token], state
+        return Logits(part=self.logits[token]), state
 
     def any(self, flags):
         return jnp.any(flags)

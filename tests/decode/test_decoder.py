@@ -17,41 +17,17 @@ from pgdist.decode.decoder import _decode
 from pgdist.mesh import batch_sharding, make_mesh, parameter_sharding, put_batch
 from pgdist.models import PaliGemma, normalize_image
 from pgdist.parameters import flatten, map_named, unflatten
-from tests.decode.model import NEVER, random_prompts, token_ending_one_row, varied_parameters
+from tests.decode.batches import EXAMPLES, NAME, Batch, examples, make_batches
+from tests.decode.model import NEVER, token_ending_one_row, varied_parameters
 from tests.models.small import PAD, SMALL
 
-NAME = "paligemma2"
-EXAMPLES = 13
 BATCH_SIZE = 8
-LENGTH = 12
 NEW_TOKENS = 6
 BAD = 5  # the example whose record is bad
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Batch:
-    arrays: dict[str, np.ndarray]
-
-
-@functools.cache
-def examples() -> dict[str, np.ndarray]:
-    prefixes = [1 + (5 * i) % (LENGTH - 1) for i in range(EXAMPLES)]
-    arrays = random_prompts(SMALL[NAME], prefixes=prefixes, length=LENGTH)
-    # Ids that are no row numbers, in an order that is theirs.
-    return arrays | {"index": np.array([(7 * i) % EXAMPLES + 100 for i in range(EXAMPLES)], np.int64)}
-
-
 def batches(arrays: dict[str, np.ndarray]) -> list[Batch]:
-    """Full batches, the last one filled up with rows of weight 0 and index -1."""
-    filled = {
-        name: np.concatenate([array, np.zeros((-len(array) % BATCH_SIZE, *array.shape[1:]), array.dtype)])
-        for name, array in arrays.items()
-    }
-    filled["index"][len(arrays["index"]) :] = -1
-    return [
-        Batch(arrays={name: array[start : start + BATCH_SIZE] for name, array in filled.items()})
-        for start in range(0, len(filled["index"]), BATCH_SIZE)
-    ]
+    return make_batches(arrays, batch_size=BATCH_SIZE)
 
 
 def make_decoder(*, data: int, fsdp: int, eos_id: int = NEVER) -> Decoder:

@@ -155,7 +155,7 @@ def test_in_bfloat16_the_cache_is_bfloat16_and_each_token_is_as_good_as_the_best
     image = normalize_image(jnp.asarray(batch["image"]))
     prefill = functools.partial(model.apply, max_new_tokens=NEW_TOKENS, method="prefill")
     _, state = jax.eval_shape(prefill, {"params": params}, image, batch["text"], batch["mask_input"])
-    assert state.kv.key.dtype == state.kv.value.dtype == jnp.bfloat16
+    assert {array.dtype for array in jax.tree.leaves(state.kv)} == {jnp.dtype(jnp.bfloat16)}
 
     tokens = _decode(config, params, batch, eos_id=NEVER).tokens
     # At each place, how far below the best token is the chosen one?

@@ -15,6 +15,7 @@ import pytest
 import scipy.stats
 
 from pgdist.decode import Sampling
+from pgdist.decode.logits import Logits
 from pgdist.decode.sampling import Sampler
 from pgdist.errors import ConfigError
 from tests.decode.table import EOS, PAD, decode_table, random_table, table_logprobs
@@ -35,7 +36,7 @@ def sampler(how: Sampling):
 
     def draw(step, seed):
         samples = kind.start(jnp.arange(EXAMPLES), jnp.ones(EXAMPLES, bool), seed)
-        logits = jnp.broadcast_to(LOGITS, (EXAMPLES, CANDIDATES, VOCABULARY))
+        logits = Logits(part=jnp.broadcast_to(LOGITS, (EXAMPLES * CANDIDATES, VOCABULARY)))
         return kind.choose(step, logits, samples)[0]
 
     return jax.jit(draw)

@@ -137,6 +137,11 @@ SAMPLING = {
         2,
         r"--allow=<lok\*>: expected a pattern of tokens, .*none of the 1344 is",
     ),
+    "tokens for a program": Case(
+        "predict --config=config.py --compile_only --ban='<seg*>'",
+        2,
+        r"--ban is about answers, of which --co",
+    ),
     "all tokens banned": Case(ASK_DATA + " --ban='*'", 2, r"--allow and --ban leave no token to choose"),
     "log-probabilities for nobody": Case(
         "predict --workdir=run --data=train.jsonl --logprobs", 2, r"--logprobs are written to --out="

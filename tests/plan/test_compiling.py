@@ -1,4 +1,4 @@
-"""Compiling the step of a config for devices that are here, and for a slice of TPUs that is not."""
+"""Compiling what a config runs for devices that are here, and for a slice of TPUs that is not."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from pgdist import plan
 from pgdist.config import default_config
 from pgdist.errors import ConfigError
+from pgdist.models.presets import preset
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the TPU's compiler: install pgdist[plan]"
@@ -32,8 +33,8 @@ def on_cpu() -> plan.CompiledStep:
 
 
 def test_a_step_for_the_devices_here_tells_its_memory_and_no_time(on_cpu):
-    assert (on_cpu.devices, on_cpu.mesh) == ("8 x cpu", {"data": 2, "fsdp": 4})
-    assert 0 < on_cpu.arguments < on_cpu.memory
+    assert (on_cpu.compiled.devices, on_cpu.compiled.mesh) == ("8 x cpu", {"data": 2, "fsdp": 4})
+    assert 0 < on_cpu.compiled.arguments < on_cpu.compiled.memory
     assert on_cpu.program is None
     text = plan.describe(on_cpu)
     assert "mesh data=2 x fsdp=4, 2 examples a device" in text
@@ -47,7 +48,31 @@ def test_the_dump_has_the_program_and_the_summary(on_cpu, tmp_path):
     assert (folder / "train_step.txt").read_text().startswith("HloModule jit_step")
     summary = json.loads((folder / "train_step.json").read_text())
     assert summary == plan.as_json(on_cpu)
-    assert summary["compiled"]["memory_bytes"] == on_cpu.memory
+    assert summary["compiled"]["memory_bytes"] == on_cpu.compiled.memory
+
+
+def compile_decoding(**options: object) -> plan.CompiledDecoding:
+    config = tiny(**{"model.text_dtype": "bfloat16"})
+    return plan.compile_decoding(config, batch_size=13, prompt_tokens=5, max_new_tokens=4, **options)
+
+
+def test_decoding_for_the_devices_here_tells_what_a_token_reads(tmp_path):
+    decoding = compile_decoding()
+    assert (decoding.compiled.mesh, decoding.compiled.batch_size) == ({"data": 1, "fsdp": 8}, 16)
+    text = preset("tiny").text
+    slots, rows, two_bytes = 49 + 5 + 3, 2, 2  # image, prompt, and all new tokens but the last
+    assert decoding.cache == 2 * text.depth * rows * slots * text.num_kv_heads * text.head_dim * two_bytes
+    queries = 2 * text.num_heads * text.head_dim  # with the products that follow
+    attention = text.width * (queries + 2 * text.num_kv_heads * text.head_dim)
+    split = (3 * text.depth * text.width * text.mlp_dim + text.vocab_size * text.width) // 8
+    norms = (2 * text.depth + 1) * text.width * 4  # float32
+    assert decoding.weights == two_bytes * (text.depth * attention + split) + norms
+    assert decoding.token is None
+    assert "no estimate of time: the compiler gives none for cpu" in plan.describe(decoding)
+
+    plan.write_dump(decoding, tmp_path)
+    assert (tmp_path / "generate.txt").read_text().startswith("HloModule jit__decode")
+    assert json.loads((tmp_path / "generate.json").read_text()) == plan.as_json(decoding)
 
 
 # As libtpu 0.0.42 says it.
@@ -78,13 +103,30 @@ def test_a_step_that_does_not_fit_says_by_how_much_and_what_helps(monkeypatch, m
 @pytest.mark.slow
 def test_a_step_for_described_tpus_tells_its_time():
     step = plan.compile_train_step(tiny(), devices=plan.describe_devices("v5e:2x4"))
-    assert step.devices == "8 x TPU v5 lite"
+    assert step.compiled.devices == "8 x TPU v5 lite"
     summary = plan.as_json(step)
     compiled, estimated = summary["compiled"], summary["estimated"]
     assert compiled["cycles"] > 0 and compiled["loops_of_unknown_length"] == []
     assert compiled["collectives"]["all-gather"]["count"] > 0
     assert estimated["larger_seconds"] == max(estimated["compute_seconds"], estimated["link_seconds"])
     assert "ms a step, at 1.5 GHz" in plan.describe(step)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_decoding_for_described_tpus_tells_prefill_and_token_apart():
+    decoding = compile_decoding(devices=plan.describe_devices("v5e:2x4"))
+    summary = plan.as_json(decoding)
+    compiled, estimated = summary["compiled"], summary["estimated"]
+    assert compiled["prefill"]["cycles"] > compiled["token"]["cycles"] > 0
+    assert compiled["prefill"]["loops_of_unknown_length"] == []
+    # Of each layer two, and five at the ends.
+    assert compiled["token"]["collectives"] == 2 * preset("tiny").text.depth + 5
+    reading = estimated["token_reading_seconds"]
+    assert reading == (estimated["weight_bytes"] + estimated["cache_bytes"]) / 819e9
+    busy = max(estimated["token_compute_seconds"], reading)
+    assert estimated["token_seconds"] == busy + 5e-6 * compiled["token"]["collectives"]
+    assert "at 819 GB/s, and 11 collectives of 5 us" in plan.describe(decoding)
 
 
 @needs_libtpu
