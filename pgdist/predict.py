@@ -114,7 +114,8 @@ def find_progress(out: AnswersFile, request: Request) -> Progress:
     cluster.on_primary(look)
     text = cluster.announce("progress", json.dumps(dataclasses.asdict(found)), seconds=health.SECONDS)
     fields = json.loads(text)
-    return Progress(**fields | {"failures": Failures(**fields["failures"])})
+    count, reasons = fields["failures"]["count"], tuple(fields["failures"]["reasons"])
+    return Progress(rows=fields["rows"], failures=Failures(count=count, reasons=reasons))
 
 
 def _digest(content: bytes) -> str:

@@ -12,6 +12,7 @@ import dataclasses
 import fcntl
 import functools
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -116,7 +117,8 @@ class AnswersFile:
     def _prepare(self, file: IO[bytes]) -> None:
         """Leaves whole rows in the file, and says beside it what they answer."""
         with self._blaming("written"):
-            size = sum(len(line) for line in self._path.open("rb") if line.endswith(b"\n"))
+            with self._path.open("rb") as lines:
+                size = sum(len(line) for line in lines if line.endswith(b"\n"))
             file.truncate(size)
             if not size:  # new, or of a run that was killed before its first answer
                 replacement = self._description.with_suffix(".tmp")
@@ -197,7 +199,8 @@ def answer_row(prediction: Prediction, *, several: bool, logprobs: bool) -> dict
     """The row of an input: index, image, prefix, suffix, prediction, score, and other fields of the input's own.
 
     several: adds `predictions`, all answers, best first.  logprobs: adds `logprob` and `token_logprobs`, in nats; of
-    several answers, lists of them in the order of `predictions`.  An input without an answer has `error` instead.
+    several answers, lists of them in the order of `predictions`; None for what is not finite.  An input without an
+    answer has `error` instead.
     """
     if prediction.error is not None:
         return {"index": prediction.index, "prediction": None, "error": prediction.error}
@@ -206,13 +209,18 @@ def answer_row(prediction: Prediction, *, several: bool, logprobs: bool) -> dict
         row["predictions"] = [candidate.text for candidate in prediction.candidates]
     if logprobs:
         of_each = {
-            "logprob": [candidate.logprob for candidate in prediction.candidates],
-            "token_logprobs": [list(candidate.token_logprobs) for candidate in prediction.candidates],
+            "logprob": [_finite(one.logprob) for one in prediction.candidates],
+            "token_logprobs": [[_finite(x) for x in one.token_logprobs] for one in prediction.candidates],
         }
         row |= {name: values if several else values[0] for name, values in of_each.items()}
     if prediction.score is not None:
         row["score"] = prediction.score
     return row | {name: value for name, value in prediction.extra.items() if name not in row}
+
+
+def _finite(number: float) -> float | None:
+    """None for what JSON cannot say: a model's numbers may be NaN."""
+    return number if math.isfinite(number) else None
 
 
 def _parse(line: bytes) -> dict[str, Any]:

@@ -231,6 +231,15 @@ def test_evaluation_sees_every_example_once_and_pads_the_tail(
             assert_same_rows(found, whole, part)
 
 
+def test_evaluation_may_begin_at_any_batch(make_source, evaluate):
+    source = make_source(11)
+    whole = evaluate(source, batch_size=4, rows=[0, 3], prompt_only=True)
+    for first in range(4):
+        found = evaluate(source, batch_size=4, rows=[0, 3], prompt_only=True, first_batch=first)
+        assert_same_rows(found, whole[first:], [0, 1])
+        assert [batch.step for batch in found] == list(range(first, 3))
+
+
 def test_evaluation_with_workers_sees_the_same_tail(make_source, evaluate):
     source = make_source(11, bad={2: "{"})
     whole = evaluate(source, batch_size=4, rows=range(4))

@@ -191,3 +191,11 @@ def test_a_missing_or_wrong_model_is_a_config_error_that_names_it(tmp_path):
             Tokenizer(tmp_path / name)
         assert str(tmp_path) in str(error.value)
         assert error.value.exit_code == 2
+
+
+def test_tokens_are_found_as_files_are_by_a_pattern(tokenizer):
+    locations = tokenizer.find("<loc*>")
+    assert len(locations) == 1024
+    assert tokenizer.pieces(locations[:2]) == ["<loc0000>", "<loc0001>"]
+    assert tokenizer.pieces(tokenizer.find("<loc002[13]>")) == ["<loc0021>", "<loc0023>"]
+    assert tokenizer.find("<LOC*>") == [] == tokenizer.find("loc")

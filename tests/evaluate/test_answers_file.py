@@ -137,3 +137,10 @@ def test_a_field_of_the_inputs_own_replaces_nothing_and_is_no_failure(tmp_path):
     with file.open(after=file.look()) as append:
         append(row)
     assert file.look().failures.count == 0
+
+
+def test_what_json_cannot_say_is_null():
+    nan = float("nan")
+    one = Candidate(text="", logprob=nan, token_logprobs=[nan, -0.5])
+    row = answer_row(Prediction(index=0, candidates=(one,)), several=False, logprobs=True)
+    assert (row["logprob"], row["token_logprobs"]) == (None, [None, -0.5])

@@ -92,3 +92,14 @@ def test_an_evaluation_compiles_a_program_for_each_length_and_the_next_one_none(
     assert list(evaluator(source).predict(parameters(), {})) == first
     assert _decode._cache_size() == compiled
     assert [prediction.index for prediction in first if prediction.error] == [LOST]
+
+
+@pytest.mark.parametrize("start", [1, BATCH_SIZE, LOST, len(WORDS) - 1])
+def test_an_evaluation_that_begins_later_answers_the_same_to_the_bit(source, start):
+    whole = list(evaluator(source).predict(parameters(), {}))
+    assert list(evaluator(source).predict(parameters(), {}, start=start)) == whole[start:]
+
+
+def test_the_reason_why_another_process_could_not_read_a_record_is_found(source):
+    assert "image 'lost.png': no such file" in evaluator(source)._find_reason(LOST)
+    assert "example 0 cannot be read" in evaluator(source)._find_reason(0)  # this one can read it
