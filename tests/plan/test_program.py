@@ -15,7 +15,7 @@ from pgdist.chips import Chip
 from pgdist.plan import Collective, Kernel, Loop, Program, read_program
 
 TEXT = (Path(__file__).parent / "small_program.txt").read_text()
-CHIP = Chip(clock=1.5e9, peak=197e12, memory=2**34, link=180e9)
+CHIP = Chip(clock=1.5e9, peak=197e12, memory=2**34, bandwidth=819e9, link=180e9)
 # 8 * heads * queries * keys * head size, at 45 % of the peak.
 KERNEL_CYCLES = int(8 * 4 * 256 * 512 * 128 / (0.45 * 197e12) * 1.5e9)
 
