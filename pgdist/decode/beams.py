@@ -12,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from pgdist.decode.logits import Logits
 from pgdist.decode.sampling import Sampling, Sequences, allow, write_column
 
 _NONE = (
@@ -59,11 +60,12 @@ class BeamSearch:
         """bool[B]: which examples are not settled."""
         return beams.is_open
 
-    def choose(self, step: jax.Array, logits: jax.Array, beams: Beams) -> tuple[jax.Array, jax.Array, Beams]:
-        """int32[], float32[B, K, V] -> (int32[B, K], the open beams' tokens number `step`; int32[B, K], which beam each
-        goes on from; the beams with them).
+    def choose(self, step: jax.Array, logits: Logits, beams: Beams) -> tuple[jax.Array, jax.Array, Beams]:
+        """int32[], logits of B * K rows -> (int32[B, K], the open beams' tokens number `step`; int32[B, K], which beam
+        each goes on from; the beams with them).
         """
-        logprobs = allow(self.how, jax.nn.log_softmax(logits, axis=-1), eos_id=self.eos_id)
+        whole = logits.whole().reshape(*beams.open.scores.shape, -1)
+        logprobs = allow(self.how, jax.nn.log_softmax(whole, axis=-1), eos_id=self.eos_id)
         scores, token, logprob, parent = self._continuations(logprobs, beams.open.scores)
         continued = Sequences(
             tokens=write_column(_pick(beams.open.tokens, parent), token, step),

@@ -21,18 +21,18 @@ from pgdist.decode.loop import Carry, Search, make_search
 from pgdist.decode.placement import decoding_shardings
 from pgdist.decode.sampling import Sampling, Sequences
 from pgdist.decode.steps import ROWS, SplitSteps, Steps, WholeSteps, map_over_mesh
-from pgdist.mesh import AXES, batch_sharding, put_batch, replicated
+from pgdist.mesh import batch_sharding, put_batch, replicated
 from pgdist.models.paligemma import DecodingState, PaliGemma, compute_dtype
 from pgdist.parameters import flatten, map_named
 
 PyTree = Any
 _DECODED_ARRAYS = ("image", "text", "mask_input", "mask_ar", "weight", "index")
-# Where each part of what the loop carries lies: by row, but for counters, and the cache, whose rows are axis 1.
+# Where each part of what the loop carries lies: by row, but for counters.
 _CARRY = Carry(
     step=PartitionSpec(),
     token=ROWS,
     found=ROWS,
-    state=DecodingState(kv=PartitionSpec(None, AXES), visible=ROWS, position=ROWS, slot=PartitionSpec()),
+    state=DecodingState(kv=ROWS, visible=ROWS, position=ROWS, slot=PartitionSpec()),
 )
 
 

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from pgdist.decode.beams import BeamSearch
+from pgdist.decode.logits import Logits
 from pgdist.decode.sampling import Sampler, Sampling, Sequences
 from pgdist.decode.steps import Steps
-from pgdist.models.gemma import KVCache
 from pgdist.models.paligemma import DecodingState
 
 PyTree = Any
@@ -40,7 +40,7 @@ class Search(Protocol):
     def is_active(self, found: PyTree) -> jax.Array: ...
 
     def choose(
-        self, step: jax.Array, logits: jax.Array, found: PyTree
+        self, step: jax.Array, logits: Logits, found: PyTree
     ) -> tuple[jax.Array, jax.Array | None, PyTree]: ...
 
     def results(self, found: PyTree) -> Sequences: ...
@@ -80,8 +80,8 @@ def begin(steps: Steps, search: Search, batch: Mapping[str, jax.Array], seed: ja
         - 1,  # the last new token is never read back, so it needs no slot
     )
     found = search.start(batch["index"], batch["weight"] > 0, seed)
-    logits = jnp.repeat(logits[:, None], search.width, axis=1)
-    token, _, found = search.choose(jnp.int32(0), logits, found)  # all go on from the one prompt
+    # All go on from the one prompt.
+    token, _, found = search.choose(jnp.int32(0), logits.repeat(search.width), found)
     return Carry(step=jnp.int32(1), token=token, found=found, state=_repeat(state, search.width))
 
 
@@ -93,7 +93,6 @@ def advance(steps: Steps, search: Search, carry: Carry, until: int | jax.Array) 
 
     def next_token(carry: Carry) -> Carry:
         logits, state = steps.extend(carry.token.reshape(-1), carry.state)
-        logits = logits.reshape(*carry.token.shape, -1)
         token, parent, found = search.choose(carry.step, logits, carry.found)
         if parent is not None:
             state = _follow(state, parent)
@@ -115,7 +114,7 @@ def _repeat(state: DecodingState, times: int) -> DecodingState:
     if times == 1:
         return state
     return state.replace(
-        kv=jax.tree.map(lambda array: jnp.repeat(array, times, axis=1), state.kv),
+        kv=jax.tree.map(lambda array: jnp.repeat(array, times, axis=0), state.kv),
         visible=jnp.repeat(state.visible, times, axis=0),
         position=jnp.repeat(state.position, times, axis=0),
     )
@@ -125,4 +124,4 @@ def _follow(state: DecodingState, parent: jax.Array) -> DecodingState:
     """The cache of the sequences that were gone on from, int32[B, C]; all else is the same for those of an example."""
     examples, width = parent.shape
     row = (parent + width * jnp.arange(examples)[:, None]).reshape(-1)
-    return state.replace(kv=KVCache(key=state.kv.key[:, row], value=state.kv.value[:, row]))
+    return state.replace(kv=jax.tree.map(lambda array: array[row], state.kv))

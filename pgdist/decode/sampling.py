@@ -13,6 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from pgdist.decode.logits import Logits
 from pgdist.errors import ConfigError
 
 Method = Literal["greedy", "sample", "beam"]
@@ -133,17 +134,15 @@ class Sampler:
         """bool[B]: which examples need another token."""
         return ~jnp.all(samples.done, axis=1)
 
-    def choose(self, step: jax.Array, logits: jax.Array, samples: Samples) -> tuple[jax.Array, None, Samples]:
-        """int32[], float32[B, C, V] -> (int32[B, C], tokens number `step`; None, for each goes on by itself; the
+    def choose(self, step: jax.Array, logits: Logits, samples: Samples) -> tuple[jax.Array, None, Samples]:
+        """int32[], logits of B * C rows -> (int32[B, C], tokens number `step`; None, for each goes on by itself; the
         samples with them).
         """
-        choosable = allow(self.how, logits, eos_id=self.eos_id)
-        if self.how.method == "sample":
-            choosable = _truncate(self.how, choosable / self.how.temperature)
-            choosable += _noise(samples, step, choosable.shape)
-        token = jnp.argmax(choosable, axis=-1).astype(jnp.int32)
-        logprob = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
-        logprob -= jax.nn.logsumexp(logits, axis=-1)
+        if self.how.method == "greedy":
+            found = logits.likeliest(allowed_tokens(self.how, logits.vocabulary, eos_id=self.eos_id))
+            token, logprob = (x.reshape(samples.done.shape) for x in found)
+        else:
+            token, logprob = self._draw(step, logits.whole().reshape(*samples.done.shape, -1), samples)
         token = jnp.where(samples.done, self.pad_id, token)
         logprob = jnp.where(samples.done, 0.0, logprob)
         return (
@@ -155,6 +154,15 @@ class Sampler:
                 logprobs=write_column(samples.logprobs, logprob, step),
             ),
         )
+
+    def _draw(self, step: jax.Array, logits: jax.Array, samples: Samples) -> tuple[jax.Array, jax.Array]:
+        """float32[B, C, V] -> a token of each, int32[B, C], and its log-probability, float32[B, C]."""
+        choosable = allow(self.how, logits, eos_id=self.eos_id)
+        choosable = _truncate(self.how, choosable / self.how.temperature)
+        choosable += _noise(samples, step, choosable.shape)
+        token = jnp.argmax(choosable, axis=-1).astype(jnp.int32)
+        logprob = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+        return token, logprob - jax.nn.logsumexp(logits, axis=-1)
 
     def results(self, samples: Samples) -> Sequences:
         """The n best of each example, best first."""
@@ -168,14 +176,18 @@ class Sampler:
 
 def allow(how: Sampling, logits: jax.Array, *, eos_id: int) -> jax.Array:
     """float[..., V] -> the same, but -inf for tokens that may not be chosen."""
-    vocabulary = logits.shape[-1]
+    is_allowed = allowed_tokens(how, logits.shape[-1], eos_id=eos_id)
+    return logits if is_allowed is None else jnp.where(is_allowed, logits, _NEVER)
+
+
+def allowed_tokens(how: Sampling, vocabulary: int, *, eos_id: int) -> jax.Array | None:
+    """Which tokens may be chosen, bool[V]; None for all."""
+    if not (how.allowed or how.banned):
+        return None
+    is_allowed = jnp.full(vocabulary, not how.allowed)
     if how.allowed:
-        is_allowed = jnp.zeros(vocabulary, bool).at[jnp.array((*how.allowed, eos_id))].set(True)
-        logits = jnp.where(is_allowed, logits, _NEVER)
-    if how.banned:
-        is_banned = jnp.zeros(vocabulary, bool).at[jnp.array(how.banned)].set(True)
-        logits = jnp.where(is_banned, _NEVER, logits)
-    return logits
+        is_allowed = is_allowed.at[jnp.array((*how.allowed, eos_id))].set(True)
+    return is_allowed.at[jnp.array(how.banned, jnp.int32)].set(False)
 
 
 def write_column(rows: jax.Array, column: jax.Array, step: jax.Array) -> jax.Array:

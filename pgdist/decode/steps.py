@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pgdist.decode.logits import Logits
 from pgdist.mesh import AXES
 from pgdist.models.attention import softcap
-from pgdist.models.gemma import SplitMlp
+from pgdist.models.gemma import SplitMlp, unstack
 from pgdist.models.paligemma import DecodingState, PaliGemma, normalize_image
 from pgdist.parameters import map_named
 from pgdist.train import vocabulary
 from pgdist.train.collectives import sum_and_scatter
-from pgdist.train.gathering import split_axis
+from pgdist.train.gathering import gather, split_axis
 
 PyTree = Any
 FSDP = AXES[1]
@@ -29,12 +30,12 @@ class Steps(Protocol):
 
     def prefill(
         self, image: jax.Array, prompt: jax.Array, mask: jax.Array, *, max_new_tokens: int
-    ) -> tuple[jax.Array, DecodingState]:
-        """uint8[B, S, S, 3], int32[B, P], bool[B, P] -> logits of the first new token, float32[B, V], and the state."""
+    ) -> tuple[Logits, DecodingState]:
+        """uint8[B, S, S, 3], int32[B, P], bool[B, P] -> logits of the first new token, and the state."""
         ...
 
-    def extend(self, token: jax.Array, state: DecodingState) -> tuple[jax.Array, DecodingState]:
-        """int32[B] -> logits of the next token, float32[B, V], and the state."""
+    def extend(self, token: jax.Array, state: DecodingState) -> tuple[Logits, DecodingState]:
+        """int32[B] -> logits of the next token, and the state."""
         ...
 
     def any(self, flags: jax.Array) -> jax.Array:
@@ -50,7 +51,8 @@ class WholeSteps:
     params: PyTree
 
     def prefill(self, image, prompt, mask, *, max_new_tokens):
-        return self._apply("prefill", normalize_image(image), prompt, mask, max_new_tokens=max_new_tokens)
+        image = normalize_image(image)
+        return self._apply("prefill", image, prompt, mask, max_new_tokens=max_new_tokens)
 
     def extend(self, token, state):
         return self._apply("extend", token, state)
@@ -58,8 +60,9 @@ class WholeSteps:
     def any(self, flags):
         return jnp.any(flags)
 
-    def _apply(self, method: str, *arguments: Any, **more: Any) -> Any:
-        return self.model.apply({"params": self.params}, *arguments, method=method, **more)
+    def _apply(self, method: str, *arguments: Any, **more: Any) -> tuple[Logits, DecodingState]:
+        logits, state = self.model.apply({"params": self.params}, *arguments, method=method, **more)
+        return Logits(part=logits), state
 
 
 class SplitSteps:
@@ -69,73 +72,75 @@ class SplitSteps:
         self, model: PaliGemma, params: PyTree, *, mesh: Mesh, shardings: Mapping[str, NamedSharding]
     ) -> None:
         """params: this device's shards."""
+        self._config = model.config
         self._split = {name: split_axis(sharding.spec) for name, sharding in shardings.items()}
+        self._shards = mesh.shape[FSDP]
         self._table = params["llm"]["embedder"]["input_embedding"]
         self._axis = None if self._split[_EMBEDDING] is None else FSDP
         self._dtype = {"img": model.config.image.dtype, "llm": model.config.text.dtype}
-        text, split = model.config.text, None
-        if self._split["llm/layers/mlp/linear"] is not None:
-            text = dataclasses.replace(text, mlp_dim=text.mlp_dim // mesh.shape[FSDP])
-            split = SplitMlp(
-                gather=lambda rows: jax.lax.all_gather(rows, FSDP, axis=0, tiled=True),
-                scatter=lambda rows: sum_and_scatter(rows, FSDP, axis=0),
-            )
-        self._model = PaliGemma(
-            dataclasses.replace(model.config, text=text),
-            image_layer_params=self._gather_layer("img/Transformer/encoderblock/"),
-            split_mlp=split,
-        )
         self._params = map_named(self._prepare, params)
+        # Copied out of their stacks once: TPU's compiler fetches arrays of their own ahead of what needs them.
+        layers = jax.lax.optimization_barrier(unstack(params["llm"]["layers"]))
+        self._params_by_layer = {**self._params, "llm": {**self._params["llm"], "layers": layers}}
 
     def prefill(self, image, prompt, mask, *, max_new_tokens):
-        hidden, state = self._apply(
-            "prefill_embedded",
+        # With hundreds of tokens a row, the rows are more than the weights: these come together, layer by layer.
+        model = PaliGemma(
+            self._config,
+            image_layer_params=self._gather_layer("img/Transformer/encoderblock/"),
+            text_layer_params=self._gather_layer("llm/layers/"),
+        )
+        hidden, state = model.apply(
+            {"params": self._params},
             normalize_image(image),
             self._embed(prompt),
             mask,
             max_new_tokens=max_new_tokens,
+            method="prefill_embedded",
         )
         return self._logits(hidden), state
 
     def extend(self, token, state):
-        hidden, state = self._apply("extend_embedded", self._embed(token[:, None]), state)
+        text, split = self._config.text, None
+        if self._split["llm/layers/mlp/linear"] is not None:
+            text = dataclasses.replace(text, mlp_dim=text.mlp_dim // self._shards)
+            split = SplitMlp(
+                gather=lambda rows: jax.lax.all_gather(rows, FSDP, axis=0, tiled=True),
+                scatter=lambda rows: sum_and_scatter(rows, FSDP, axis=0),
+            )
+        model = PaliGemma(dataclasses.replace(self._config, text=text), split_mlp=split)
+        hidden, state = model.apply(
+            {"params": self._params_by_layer}, self._embed(token[:, None]), state, method="extend_embedded"
+        )
         return self._logits(hidden), state
 
     def any(self, flags):
         return jax.lax.pmax(jnp.any(flags).astype(jnp.int32), AXES) > 0
 
-    def _apply(self, method: str, *arguments: Any, **more: Any) -> Any:
-        return self._model.apply({"params": self._params}, *arguments, method=method, **more)
-
     def _embed(self, tokens: jax.Array) -> jax.Array:
         return vocabulary.embed(self._table, tokens, dtype=self._dtype["llm"], axis=self._axis)
 
-    def _logits(self, hidden: jax.Array) -> jax.Array:
-        """[B, D] -> float32[B, V]: each device scores the rows of all against its part of the vocabulary."""
+    def _logits(self, hidden: jax.Array) -> Logits:
+        """Of [B, D]: each device scores the rows of all against its part of the vocabulary."""
         if self._axis is not None:
             hidden = jax.lax.all_gather(hidden, self._axis, axis=0, tiled=True)
         table = self._table.astype(hidden.dtype)
         logits = jnp.einsum("bd,vd->bv", hidden, table, preferred_element_type=jnp.float32)
-        if self._axis is not None:
-            logits = jax.lax.all_to_all(logits, self._axis, split_axis=0, concat_axis=1, tiled=True)
-        return softcap(logits, self._model.config.text.final_logits_softcap)
+        return Logits(part=softcap(logits, self._config.text.final_logits_softcap), axis=self._axis)
 
     def _prepare(self, name: str, shard: jax.Array) -> jax.Array:
         """A parameter as the model takes it; those of the image tower's layers stay split until their layer."""
         axis = self._split[name]
         if axis is None or not name.startswith("img/") or name.startswith("img/Transformer/encoderblock/"):
             return shard
-        return self._gather(shard, axis)
-
-    def _gather(self, shard: jax.Array, axis: int) -> jax.Array:
-        return jax.lax.all_gather(shard.astype(self._dtype["img"]), FSDP, axis=axis, tiled=True)
+        return gather(shard, axis, self._dtype["img"])
 
     def _gather_layer(self, prefix: str) -> Callable[[PyTree], PyTree]:
-        def gather(name: str, shard: jax.Array) -> jax.Array:
+        def whole(name: str, shard: jax.Array) -> jax.Array:
             axis = self._split[prefix + name]
-            return shard if axis is None else self._gather(shard, axis - 1)
+            return shard if axis is None else gather(shard, axis - 1, self._dtype[prefix[:3]])
 
-        return lambda params: map_named(gather, params)
+        return lambda params: map_named(whole, params)
 
 
 def map_over_mesh(

@@ -10,7 +10,8 @@ dtype of the parameters.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -21,6 +22,8 @@ from jax.typing import DTypeLike
 
 from pgdist.models.attention import Visibility, attend, resolve, softcap
 from pgdist.models.remat import LayerParams, rematerialize
+
+PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ class GemmaConfig:
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of the tokens so far, dtype[L, B, S, K, H], S slots for each row."""
+    """Keys and values of the tokens so far, dtype[B, S, K, H], S slots for each row; [L, ...] of all layers at once."""
 
     key: jax.Array
     value: jax.Array
@@ -242,6 +245,12 @@ def vocabulary_logits(hidden: jax.Array, embedding: jax.Array, cap: float) -> ja
     return softcap(logits, cap)
 
 
+def unstack(layers: PyTree) -> tuple[PyTree, ...]:
+    """A tree of arrays [L, ...] -> for each layer one of arrays [...]."""
+    depth = jax.tree.leaves(layers)[0].shape[0]
+    return tuple(jax.tree.map(lambda stack, i=i: stack[i], layers) for i in range(depth))
+
+
 class Gemma(nn.Module):
     """Embedding, scanned blocks, final norm, tied vocabulary logits."""
 
@@ -256,7 +265,7 @@ class Gemma(nn.Module):
             rematerialize(Block, c.remat, self.layer_params),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=nn.broadcast,
             length=c.depth,
         )(c, self.split_mlp)
         self.final_norm = RMSNorm()
@@ -271,17 +280,41 @@ class Gemma(nn.Module):
         *,
         positions: jax.Array,
         visibility: Visibility,
-        cache: KVCache | None = None,
-        slot: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """Embedded tokens [B, T, D] -> (final-norm outputs [B, T, D], keys and values).
+        """Embedded tokens [B, T, D] -> (final-norm outputs [B, T, D], keys and values of all layers [L, B, T, K, H]).
 
-        positions: int[B, T].  visibility: of keys S to queries T; S = T without a cache.
-        cache: [L, B, S, K, H] of earlier tokens; the new ones are written at `slot` (int[]).
+        positions: int[B, T].  visibility: of T to T.
         """
         visibility = visibility.prepared(resolve(self.config.attention, x.shape[1]))
-        x, cache = self.layers(x.astype(self.config.dtype), cache, positions, visibility, slot)
+        x, cache = self.layers(x.astype(self.config.dtype), None, positions, visibility, None)
         return self.final_norm(x), cache
+
+    def extend(
+        self,
+        x: jax.Array,
+        cache: Sequence[KVCache],
+        *,
+        positions: jax.Array,
+        visibility: Visibility,
+        slot: jax.Array,
+    ) -> tuple[jax.Array, tuple[KVCache, ...]]:
+        """As `__call__`, of tokens that go on from those of each layer's cache, in which they are written from `slot`
+        (int[]) on.  visibility: of S to T.
+
+        Layer after layer is written out: with a token a row a step is as long as it takes to read the weights, and a
+        loop would copy those of each layer, and its cache, before reading them. The parameters of the layers may also
+        come as a tuple (`unstack`).
+        """
+        visibility = visibility.prepared(resolve(self.config.attention, x.shape[1]))
+        layers = self.variables["params"]["layers"]
+        if not isinstance(layers, tuple):
+            layers = unstack(layers)
+        block = Block(self.config, self.split_mlp, parent=None)
+        x, extended = x.astype(self.config.dtype), []
+        for params, cached in zip(layers, cache, strict=True):
+            x, cached = block.apply({"params": params}, x, cached, positions, visibility, slot)
+            extended.append(cached)
+        return self.final_norm(x), tuple(extended)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32[..., V]."""

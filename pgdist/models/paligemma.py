@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pgdist.models.attention import NEVER, Visibility
-from pgdist.models.gemma import Gemma, GemmaConfig, KVCache, SplitMlp
+from pgdist.models.gemma import Gemma, GemmaConfig, KVCache, SplitMlp, unstack
 from pgdist.models.remat import LayerParams
 from pgdist.models.siglip import Siglip, SiglipConfig
 
@@ -36,11 +36,11 @@ class PaliGemmaConfig:
 class DecodingState:
     """What decoding carries from token to token.
 
-    kv: [L, B, S, K, H].  visible: bool[B, S], slots that hold a real token.  position: int32[B], of the next
-    token of each row.  slot: int32[], where the next token of every row is written.
+    kv: of each layer [B, S, K, H].  visible: bool[B, S], slots that hold a real token.  position: int32[B], of the
+    next token of each row.  slot: int32[], where the next token of every row is written.
     """
 
-    kv: KVCache
+    kv: tuple[KVCache, ...]
     visible: jax.Array
     position: jax.Array
     slot: jax.Array
@@ -145,9 +145,9 @@ class PaliGemma(nn.Module):
         count = jnp.sum(visible, axis=1, dtype=jnp.int32)
         # Rows are right-padded: the last real token, not the last slot, predicts the first new one.
         last = jnp.take_along_axis(hidden, (count - 1)[:, None, None], axis=1)[:, 0]
-        room = ((0, 0), (0, 0), (0, max_new_tokens), (0, 0), (0, 0))
+        room = ((0, 0), (0, max_new_tokens), (0, 0), (0, 0))
         state = DecodingState(
-            kv=jax.tree.map(lambda a: jnp.pad(a, room), kv),
+            kv=jax.tree.map(lambda a: jnp.pad(a, room), unstack(kv)),
             visible=jnp.pad(visible, ((0, 0), (0, max_new_tokens))),
             position=count,
             slot=jnp.asarray(x.shape[1], jnp.int32),
@@ -166,11 +166,11 @@ class PaliGemma(nn.Module):
         formed of, dtype[B, D].
         """
         visible = state.visible.at[:, state.slot].set(True)
-        hidden, kv = self.llm(
+        hidden, kv = self.llm.extend(
             x,
+            state.kv,
             positions=state.position[:, None],
             visibility=_sees_all(x, visible),
-            cache=state.kv,
             slot=state.slot,
         )
         state = DecodingState(kv=kv, visible=visible, position=state.position + 1, slot=state.slot + 1)

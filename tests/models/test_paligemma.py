@@ -150,7 +150,7 @@ def test_prefill_and_extend_equal_the_full_pass(name):
             found, state = extend(name, batch["text"][rows, counts + step], state)
     np.testing.assert_array_equal(state.position, config.image.num_tokens + counts + NEW_TOKENS - 1)
     # There was no slot to spare: the last token that was read has filled the cache.
-    assert state.slot == state.kv.key.shape[2] == state.visible.shape[1]
+    assert state.slot == state.kv[0].key.shape[1] == state.visible.shape[1]
 
 
 def test_final_softcap_holds_in_the_full_pass_and_in_decoding():
