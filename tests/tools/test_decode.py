@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -26,23 +27,26 @@ def run(script: str, *flags: str) -> list[str]:
 
 
 def test_calls_answer_every_prompt_with_as_many_tokens_as_asked_for():
-    mesh = make_mesh()
-    calls = TASK.calls(PRESETS["tiny"], decode.random_params(PRESETS["tiny"], mesh), mesh)
+    config, mesh = PRESETS["tiny"], make_mesh(devices=jax.devices()[:1])
+    calls = TASK.calls(config, decode.random_params(decode.describe_params(config, mesh)), mesh)
     assert {name: np.shape(call()) for name, call in calls.items()} == {"first": (8, 1), "all": (8, 3)}
 
 
-def test_a_step_reads_the_decoder_s_share_and_the_keys_and_values_of_its_rows():
+def test_a_step_reads_a_device_s_part_of_the_decoder_and_the_cache_of_its_rows():
     config = PRESETS["tiny"]
     text = config.text
-    whole = decode.random_params(config, mesh := make_mesh(data=8, fsdp=1))
-    weights = sum(array.nbytes for array in whole["llm"]["layers"]["mlp"].values())
-    cache = 2 * text.depth * text.num_kv_heads * text.head_dim * (49 + 4 + 1.5) * 4
-    assert mesh.size == 8
-    read = decode.step_bytes(config, whole, TASK, devices=8)
-    assert weights + cache < read < weights + cache + 4 * 2 * text.vocab_size * text.width
-    split = decode.step_bytes(config, decode.random_params(config, make_mesh(fsdp=8)), TASK, devices=8)
-    table = 4 * text.vocab_size * text.width
-    assert split == pytest.approx(read - (weights + table) * 7 / 8)
+
+    def read(**axes: int) -> float:
+        params = decode.describe_params(config, make_mesh(**axes))
+        return decode.step_bytes(config, params, TASK, devices=8)
+
+    attention = text.depth * 2 * text.width * (text.num_heads + 1) * text.head_dim
+    mlp = text.depth * 3 * text.width * text.mlp_dim
+    table = text.vocab_size * text.width
+    norms = (2 * text.depth + 1) * text.width
+    cache = 2 * text.depth * text.head_dim * (49 + 4 + 1.5)
+    assert read(data=8, fsdp=1) == 4 * (attention + mlp + table + norms + cache)
+    assert read(data=1, fsdp=8) == 4 * (attention + (mlp + table) / 8 + norms + cache)
 
 
 @pytest.mark.slow

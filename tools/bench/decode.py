@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 import sys
 import time
@@ -129,26 +130,33 @@ def step_bytes(config: PaliGemmaConfig, params: Any, task: Task, *, devices: int
     """What a device must read for a token of each row: its part of the decoder, and the keys and values of its rows,
     half of the new tokens' among them.
     """
-    shards = (array.addressable_shards[0].data for array in jax.tree.leaves(params["llm"]))
-    weights = sum(shard.nbytes for shard in shards)
+    weights = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(params["llm"])
+    )
     text = config.text
     slots = config.image.num_tokens + task.prompt_tokens + task.new_tokens / 2
     features = 2 * text.depth * text.num_kv_heads * text.head_dim
     return weights + task.batch_size / devices * slots * features * np.dtype(text.dtype).itemsize
 
 
-def random_params(config: PaliGemmaConfig, mesh: Mesh) -> Any:
-    """The nested tree, where decoding wants it and in the dtypes that it computes in."""
+def describe_params(config: PaliGemmaConfig, mesh: Mesh) -> Any:
+    """The nested tree of jax.ShapeDtypeStruct: where decoding wants parameters, in the dtypes that it computes in."""
     shapes = parameter_shapes(config)
     shardings = decoding_shardings(mesh, flatten(shapes))
 
-    def narrow(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, compute_dtype(config, name) or leaf.dtype)
+    def describe(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        dtype = compute_dtype(config, name) or leaf.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=shardings[name])
 
-    leaves = map_named(narrow, shapes)
+    return map_named(describe, shapes)
+
+
+def random_params(described: Any) -> Any:
+    """Small arrays as described."""
     make = jax.jit(
-        lambda: jax.tree_util.tree_map_with_path(random_leaf, leaves),
-        out_shardings=map_named(lambda name, _: shardings[name], shapes),
+        lambda: jax.tree_util.tree_map_with_path(random_leaf, described),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, described),
     )
     return make()
 
@@ -177,7 +185,7 @@ def main() -> None:
     rows = []
     for name in options.presets:
         config = preset(name, image_dtype=dtype, text_dtype=dtype)
-        params = random_params(config, mesh)
+        params = random_params(describe_params(config, mesh))
         for batch_size in options.batch_sizes:
             task = Task(
                 batch_size=-(-batch_size // mesh.size) * mesh.size,
