@@ -1,40 +1,40 @@
 """Answers prompts about images with a trained model.
 
     python -m launch.predict --workdir=runs/demo --prompt="caption en" --images a.jpg b.png
-    python -m launch.predict --workdir=runs/demo --data=questions.jsonl --out=answers.jsonl
+    python -m launch.predict --workdir=runs/demo --prompt="caption en" --images=photos --out=captions.jsonl
+    python -m launch.predict --workdir=runs/demo --data=questions.jsonl --out=answers.jsonl --sampler=beam --n=3
     python -m launch.predict --config=configs/demo.py --weights=a.npz --prompt="caption en" --images a.jpg
     python -m launch.predict --config=configs/notebook.py --compile_only --topology=v5e:4x4 --dump=/tmp/generate
 
-Standard output gets the answers alone, one a line (a line break in an answer is written as \\n), in the
-order of the inputs; --out gets JSON lines with the inputs beside them, as FILE.partial until all are there.
-Exit codes: 0 all answered, 1 a bug, 2 bad command line or config, 3 bad weights or input; where records of
---data cannot be read, the others are answered.
+Standard output gets the answers alone, one a line (a line break in an answer is written as \\n), in the order of the
+inputs. --out gets JSON lines with the inputs beside them, as they come; the same command goes on where a run of it
+stopped. Exit codes: 0 all answered, 1 a bug, 2 bad command line or config, 3 bad weights or input; where inputs cannot
+be read, the others are answered.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import IO, TYPE_CHECKING
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from launch import compile_only, entry, membership
+from launch import compile_only, entry, membership, sampling_flags
 from pgdist import heartbeat
-from pgdist.errors import ConfigError, DataError, WeightsError
+from pgdist.errors import ConfigError, WeightsError
 
 if TYPE_CHECKING:
     import jax
 
+    from pgdist.data.image_files import ImageSource
     from pgdist.data.jsonl import JsonlSource
-    from pgdist.evaluate.runner import Prediction
-    from pgdist.inference import LoadedModel
+    from pgdist.evaluate.answers_file import AnswersFile, Progress
+    from pgdist.evaluate.choices import Choices
     from pgdist.plan import CompiledDecoding
+    from pgdist.predict import Request
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "A run, whose config is used, and its model.npz or newest checkpoint."
@@ -48,23 +48,38 @@ _WEIGHTS = flags.DEFINE_string(
 _DATA = flags.DEFINE_string(
     "data", None, "JSONL with `image` and `prefix`, and `suffix` where there is a truth."
 )
-_IMAGES = flags.DEFINE_multi_string("images", [], "Image files; more may follow: --images a.jpg b.png.")
+_IMAGES = flags.DEFINE_multi_string(
+    "images", [], "Image files, or folders of them; more may follow: --images a.jpg b.png."
+)
 _PROMPT = flags.DEFINE_string(
     "prompt", None, "The prompt for all images, such as 'caption en'; with --data, instead of `prefix`."
 )
-_OUT = flags.DEFINE_string("out", None, "JSONL to write: image, prefix, suffix, prediction, score.")
+_OUT = flags.DEFINE_string(
+    "out", None, "JSONL to append to: index, image, prefix, suffix, prediction, score. See docs/predict.md."
+)
+_REPORT = flags.DEFINE_string(
+    "report", None, "HTML file to write at the end: what is in --out beside the images, boxes drawn in them."
+)
+_LOGPROBS = flags.DEFINE_bool("logprobs", False, "Log-probabilities of answers and their tokens in --out.")
+_CHOICES = flags.DEFINE_list(
+    "choices", [], "Choose the likeliest of these, with commas between them, instead of writing an answer."
+)
+_CHOICES_FIELD = flags.DEFINE_string(
+    "choices_field", None, "Likewise, but of those in this field of each line of --data, a list of texts."
+)
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", None, "Longest answer; the config's by default.", lower_bound=1
+)
+_MAX_PROMPT_TOKENS = flags.DEFINE_integer(
+    "max_prompt_tokens", 512, "Longest prompt, with its start and separator.", lower_bound=1
 )
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", None, "Inputs at a time; the config's by default.", lower_bound=1
 )
 
-_SHOWN_ERRORS = 10
-
 
 def main(*more_images: str) -> None:
-    """Reads the flags, loads the model, answers."""
+    """Reads the flags, finds what is to be answered, loads the model, answers."""
     if compile_only.is_wanted():
         compile_only.run(_compile)
         return
@@ -74,7 +89,9 @@ def main(*more_images: str) -> None:
     stdout = membership.join_job()
     from pgdist import cluster, health, program_cache
     from pgdist.config import check_values
-    from pgdist.inference import load_model, read_run_config
+    from pgdist.evaluate.answers_file import AnswersFile
+    from pgdist.inference import read_run_config
+    from pgdist.predict import find_progress
 
     config = _CONFIG.value or read_run_config(_WORKDIR.value)
     check_values(config)
@@ -82,14 +99,24 @@ def main(*more_images: str) -> None:
     program_cache.open_cache(_WORKDIR.value or "")
     # Devices need not be those of the training run.
     config.mesh.data = config.mesh.fsdp = -1
-    weights = _find_weights(config)
-    _check_out([_DATA.value or "", weights, *images])
+    request = _make_request(config, images)
     # Before the weights, which may take minutes to load.
-    source = _open_data(config) if _DATA.value else None
-    heartbeat.beat("loading")
-    loaded = load_model(config, weights)
-    answers = _answer_data(config, loaded, source) if source else _answer_images(config, loaded, images)
-    _write(answers, stdout)
+    out = AnswersFile(
+        _OUT.value if _OUT.value and cluster.is_primary() else os.devnull, describe=request.describe
+    )
+    progress = find_progress(out, request)
+    if progress.rows == len(request.source):
+        logging.info("--out=%s: all %d rows are there; nothing is left to do.", _OUT.value, progress.rows)
+    else:
+        if progress.rows:
+            logging.info(
+                "--out=%s: goes on after %d of %d rows.", _OUT.value, progress.rows, len(request.source)
+            )
+        heartbeat.beat("loading")
+        progress = _answer(request, out, progress, stdout)
+    if _REPORT.value:
+        cluster.on_primary(lambda: _write_report(request.source.root))
+    progress.failures.check()
     cluster.leave()
 
 
@@ -98,7 +125,7 @@ def _compile(devices: Sequence[jax.Device] | None) -> CompiledDecoding:
         raise ConfigError("give --workdir=RUN or --config=FILE.py; not both")
     from pgdist import plan
     from pgdist.config import check_values
-    from pgdist.inference import read_run_config
+    from pgdist.inference import open_tokenizer, read_run_config
 
     config = _CONFIG.value or read_run_config(_WORKDIR.value)
     check_values(config)
@@ -107,6 +134,7 @@ def _compile(devices: Sequence[jax.Device] | None) -> CompiledDecoding:
         batch_size=_BATCH_SIZE.value or config.batch_size,
         prompt_tokens=config.data.text_length,
         max_new_tokens=_MAX_NEW_TOKENS.value or config.eval.max_new_tokens,
+        sampling=sampling_flags.make_sampling(config, lambda: open_tokenizer(config)),
         devices=devices,
     )
 
@@ -123,8 +151,55 @@ def _check_flags(images: Sequence[str]) -> None:
         )
     if images and _PROMPT.value is None:
         raise ConfigError("--images needs --prompt, such as --prompt='caption en'")
-    if missing := [image for image in images if not os.path.exists(image)]:
-        raise DataError(f"--images: no such file: {', '.join(missing)}")
+    if _CHOICES.value or _CHOICES_FIELD.value:
+        _check_choices()
+    if _LOGPROBS.value and not _OUT.value:
+        raise ConfigError("--logprobs are written to --out=FILE.jsonl, which is missing")
+    if _REPORT.value and not _OUT.value:
+        raise ConfigError("--report shows what is in --out=FILE.jsonl, which is missing")
+
+
+def _check_choices() -> None:
+    if _CHOICES.value and _CHOICES_FIELD.value:
+        raise ConfigError("give --choices=A,B for all inputs, or --choices_field=NAME; not both")
+    if _CHOICES_FIELD.value and not _DATA.value:
+        raise ConfigError("--choices_field names a field of --data=FILE.jsonl, which is missing")
+    if "" in _CHOICES.value:
+        raise ConfigError(f"--choices={','.join(_CHOICES.value)}: one of them is empty")
+    generating = sampling_flags.given() + ([f"--{_MAX_NEW_TOKENS.name}"] if _MAX_NEW_TOKENS.present else [])
+    if generating:
+        raise ConfigError(
+            f"{', '.join(generating)} say how answers are written; with choices none is: leave them out"
+        )
+
+
+def _make_request(config: ConfigDict, images: Sequence[str]) -> Request:
+    from pgdist import cluster
+    from pgdist.decode.sampling import Sampling
+    from pgdist.inference import open_tokenizer
+    from pgdist.predict import Request
+
+    weights = _find_weights(config)
+    cluster.on_primary(lambda: _check_written([_DATA.value or "", weights, *images]))
+    source = _open_source(config, images)
+    tokenizer = open_tokenizer(config)
+    choices = _find_choices(source)
+    request = Request(
+        config=config,
+        weights=weights,
+        tokenizer=tokenizer,
+        source=source,
+        sampling=Sampling() if choices else sampling_flags.make_sampling(config, lambda: tokenizer),
+        choices=choices,
+        max_new_tokens=_MAX_NEW_TOKENS.value or config.eval.max_new_tokens,
+        max_prompt_tokens=_MAX_PROMPT_TOKENS.value,
+        batch_size=_BATCH_SIZE.value or config.batch_size,
+        settings={f"--{flag.name}": flag.value for flag in (_PROMPT, _LOGPROBS, _CHOICES, _CHOICES_FIELD)}
+        | sampling_flags.patterns(),
+    )
+    if _PROMPT.value is not None:
+        request.check_prompt(_PROMPT.value)
+    return request
 
 
 def _find_weights(config: ConfigDict) -> str:
@@ -148,119 +223,66 @@ def _find_weights(config: ConfigDict) -> str:
     return str(path)
 
 
-def _check_out(inputs: Sequence[str]) -> None:
-    """Raises ConfigError for an --out that cannot be written or would replace an input; changes nothing."""
-    if not _OUT.value:
-        return
-    out = Path(os.path.realpath(_OUT.value))
-    if out.is_dir():
-        raise ConfigError(f"--out={_OUT.value}: expected a file to write, found a folder")
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out={_OUT.value}: there is no folder {out.parent}; make it first")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"--out={_OUT.value}: the folder {out.parent} cannot be written; name another one")
-    if str(out) in map(os.path.realpath, inputs):
-        raise ConfigError(
-            f"--out={_OUT.value}: is an input too, which the answers would replace; name another file"
-        )
+def _check_written(inputs: Sequence[str]) -> None:
+    from pgdist.evaluate.answers_file import check_path
+
+    if _OUT.value:
+        check_path(_OUT.value, flag="--out", inputs=inputs)
+    if _REPORT.value:
+        check_path(_REPORT.value, flag="--report", inputs=[*inputs, _OUT.value])
 
 
-def _answer_images(config: ConfigDict, loaded: LoadedModel, images: Sequence[str]) -> Iterator[Prediction]:
-    from pgdist.decode import generate
-    from pgdist.evaluate.runner import Prediction
-
-    texts = generate(
-        loaded.model,
-        loaded.params,
-        images=images,
-        prompts=_PROMPT.value,
-        tokenizer=loaded.tokenizer,
-        max_new_tokens=_MAX_NEW_TOKENS.value or config.eval.max_new_tokens,
-        batch_size=min(len(images), _BATCH_SIZE.value or config.batch_size),
-        mesh=loaded.mesh,
-    )
-    for index, (image, text) in enumerate(zip(images, texts, strict=True)):
-        yield Prediction(index=index, image=image, prefix=_PROMPT.value, prediction=text)
-
-
-def _open_data(config: ConfigDict) -> JsonlSource:
+def _open_source(config: ConfigDict, images: Sequence[str]) -> JsonlSource | ImageSource:
     from pgdist import hub
+    from pgdist.data.image_files import ImageSource, find_images
     from pgdist.data.jsonl import JsonlSource
 
-    lowercase = config.data.lowercase
+    if images:
+        return ImageSource(images=tuple(find_images(images)), prompt=_PROMPT.value)
     path = hub.fetch_examples(_DATA.value, field="--data")
-    return JsonlSource(path, prefix=_PROMPT.value, lowercase=lowercase, require_suffix=False)
+    return JsonlSource(path, prefix=_PROMPT.value, lowercase=config.data.lowercase, require_suffix=False)
 
 
-def _answer_data(config: ConfigDict, loaded: LoadedModel, source: JsonlSource) -> Iterator[Prediction]:
-    from pgdist.evaluate.metrics import metric
-    from pgdist.evaluate.runner import Evaluator
+def _find_choices(source: JsonlSource | ImageSource) -> Choices | None:
+    from pgdist.evaluate.choices import choices_for_all, choices_in_field
 
-    devices = loaded.mesh.size
-    evaluator = Evaluator(
-        model=loaded.model,
-        mesh=loaded.mesh,
-        source=source,
-        tokenizer=loaded.tokenizer,
-        text_length=config.data.text_length,
-        batch_size=-(-(_BATCH_SIZE.value or config.batch_size) // devices) * devices,
-        max_new_tokens=_MAX_NEW_TOKENS.value or config.eval.max_new_tokens,
-        metric=metric(config.eval.metric),
-    )
-    return evaluator.predict(loaded.params, {})
+    if _CHOICES.value:
+        return choices_for_all(_CHOICES.value)
+    return choices_in_field(source, _CHOICES_FIELD.value) if _CHOICES_FIELD.value else None
 
 
-def _write(answers: Iterator[Prediction], stdout: IO[str]) -> None:
-    """Prints and writes the answers as they come; DataError at the end for inputs that could not be read.
+def _answer(request: Request, out: AnswersFile, progress: Progress, stdout: IO[str]) -> Progress:
+    """Prints and writes the answers that are missing, as they come; what there is then.
 
     Process 0 alone writes; the others go through the same answers, and end with the same code.
     """
     from pgdist import cluster
+    from pgdist.evaluate.answers_file import answer_row
 
-    errors = []
+    n = request.sampling.n
+    answers = request.answer(start=progress.rows)
     first = next(answers)  # a run that fails before it leaves no file behind
-    with _open_out(_OUT.value if cluster.is_primary() else None) as out:
+    with out.open(after=progress) as append:
         for answer in itertools.chain([first], answers):
             heartbeat.beat("evaluating")
-            if answer.error is not None:
-                errors.append(answer.error)
+            append(answer_row(answer, several=n > 1 or request.choices is not None, logprobs=_LOGPROBS.value))
+            progress = progress.add(answer.error)
             if cluster.is_primary():
-                print(answer.prediction.replace("\n", "\\n"), file=stdout, flush=True)
-            out.write(json.dumps(_row(answer), ensure_ascii=False) + "\n")
-            out.flush()
-    if errors:
-        shown = [f"  {error}" for error in errors[:_SHOWN_ERRORS]]
-        if len(errors) > _SHOWN_ERRORS:
-            shown.append(f"  and {len(errors) - _SHOWN_ERRORS} more")
-        raise DataError("\n".join([f"{len(errors)} input(s) could not be read and have no answer:", *shown]))
+                texts = [candidate.text for candidate in answer.candidates]
+                for number in range(n):  # always so many lines, that they tell which input they answer
+                    text = texts[number] if number < len(texts) else ""
+                    print(text.replace("\n", "\\n"), file=stdout, flush=True)
+    return progress
 
 
-def _row(answer: Prediction) -> dict[str, Any]:
-    row = {name: getattr(answer, name) for name in ("index", "image", "prefix", "suffix", "prediction")}
-    if answer.error is not None:
-        return {"index": answer.index, "prediction": None, "error": answer.error}
-    return (
-        row
-        | ({} if answer.score is None else {"score": answer.score})
-        | {name: value for name, value in answer.extra.items() if name not in row}
-    )
+def _write_report(image_root: str) -> None:
+    from pgdist import report
 
-
-@contextlib.contextmanager
-def _open_out(path: str | None) -> Iterator[IO[str]]:
-    """The file for the answers: beside `path` until all are there, then in its place; None is nowhere."""
-    out = os.path.realpath(path or os.devnull)
-    # What is there and no plain file is a device or a pipe: /dev/null must stay what it is.
-    is_plain = os.path.isfile(out) or not os.path.exists(out)
-    written = out + ".partial" if is_plain else out
+    rows = report.read_rows(_OUT.value)
     try:
-        file = open(written, "w", encoding="utf-8", errors="backslashreplace")
+        report.write_predictions_report(_REPORT.value, rows, image_root=image_root, title=_OUT.value)
     except OSError as error:
-        raise ConfigError(f"--out={path}: cannot write {written}: {error.strerror}") from error
-    with file:
-        yield file
-    if is_plain:
-        os.replace(written, out)
+        raise ConfigError(f"--report={_REPORT.value}: cannot be written: {error.strerror}.") from error
 
 
 if __name__ == "__main__":

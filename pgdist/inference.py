@@ -55,6 +55,13 @@ def read_run_config(workdir: str | os.PathLike[str]) -> ConfigDict:
     return config
 
 
+def open_tokenizer(config: ConfigDict) -> Tokenizer:
+    """The config's; ConfigError where it cannot be had, or has more tokens than the model."""
+    tokenizer = Tokenizer(hub.fetch_file(config.tokenizer, field="config.tokenizer"))
+    check_vocabulary(config, tokenizer.vocab_size)
+    return tokenizer
+
+
 def load_model(config: ConfigDict, path: str | os.PathLike[str]) -> LoadedModel:
     """The config's model with weights by name (as config.init), each array in the dtype that the file has.
 
@@ -62,8 +69,7 @@ def load_model(config: ConfigDict, path: str | os.PathLike[str]) -> LoadedModel:
     """
     check_values(config)
     model = PaliGemma(model_config(config))
-    tokenizer = Tokenizer(hub.fetch_file(config.tokenizer, field="config.tokenizer"))
-    check_vocabulary(config, tokenizer.vocab_size)
+    tokenizer = open_tokenizer(config)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     shapes = flatten(parameter_shapes(model.config))
     stored = weights.read_header(path)

@@ -305,6 +305,6 @@ def _random_weights(
 
 def _prediction_row(prediction: Prediction, metric: str) -> dict[str, Any]:
     row = dataclasses.asdict(prediction)
-    score, extra, _ = row.pop("score"), row.pop("extra"), row.pop("error")
+    score, extra, _, _ = (row.pop(name) for name in ("score", "extra", "error", "candidates"))
     row |= {} if score is None else {"score": {metric: score}}
     return row | {name: value for name, value in extra.items() if name not in row}

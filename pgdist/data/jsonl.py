@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,7 +27,7 @@ _FIELDS = ("image", "prefix", "suffix")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-    """One example. `file` and `line` (from 1) say where it stands."""
+    """One example. `file` and `line` (from 1; 0 where there are no lines) say where it stands."""
 
     image: str  # where the image lies: an absolute path inside the data root
     image_name: str  # the `image` field as it is written in the file
@@ -48,7 +48,8 @@ class BadRecord:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.file}, line {self.line}: {self.reason}"
+        place = f"{self.file}, line {self.line}" if self.line else self.file
+        return f"{place}: {self.reason}"
 
 
 class JsonlSource:
@@ -152,7 +153,16 @@ class JsonlSource:
             os.close(self._descriptor)
 
 
-def fingerprint(source: JsonlSource) -> str:
+class Fingerprinted(Protocol):
+    """Examples with a digest of what they are."""
+
+    @property
+    def sha256(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+
+def fingerprint(source: Fingerprinted) -> str:
     """What tells one data file from another in a run's metadata: number of examples, content's SHA-256."""
     return f"{len(source)} examples, sha256 {source.sha256}"
 

@@ -38,6 +38,11 @@ _THREADS_PER_WORKER = 2
 class Source(Protocol):
     """Examples by index; `pgdist.data.jsonl.JsonlSource` is one. Picklable where worker processes read it."""
 
+    @property
+    def path(self) -> str:
+        """What messages call it."""
+        ...
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record | BadRecord: ...
@@ -140,6 +145,7 @@ def evaluation_batches(
     batch_size: int,
     rows: Sequence[int],
     limit: int | None = None,
+    first_batch: int = 0,
     prompt_only: bool = False,
     workers: int = 0,
 ) -> HostBatches:
@@ -147,6 +153,7 @@ def evaluation_batches(
 
     The last batch is filled up with masked rows of index -1, so every process gets the same number of full
     batches. Of a list of suffixes the first is encoded.
+    first_batch: the number of the batch to begin with; those before it are not read.
     prompt_only: the text ends after the separator, for decoding; `HostBatch.records` still has the suffixes. Each
     batch is padded to the `pgdist.data.text.prompt_bucket` of its longest prompt, whichever process holds that one.
     """
@@ -159,14 +166,33 @@ def evaluation_batches(
         prompt_only=prompt_only,
     )
     count = len(source) if limit is None else min(limit, len(source))
-    num_steps = -(-count // batch_size)
-    positions = _Positions(rows=tuple(rows), batch_size=batch_size, start_step=0, num_steps=num_steps)
+    positions = _Positions(
+        rows=tuple(rows),
+        batch_size=batch_size,
+        start_step=first_batch,
+        num_steps=-(-count // batch_size) - first_batch,
+    )
     lengths = _constant(text_length)
     if prompt_only:
         lengths = _find_ahead(_PromptBuckets(reader=reader, count=count, positions=positions))
     return _read_ahead(
         _EvaluationRows(reader=reader, count=count, positions=positions), lengths, workers=workers
     )
+
+
+def find_fault(
+    index: int, *, source: Source, tokenizer: Tokenizer, image_size: int, text_length: int
+) -> BadRecord | None:
+    """What is wrong with an example as a prompt; None where this process can read it, if others cannot."""
+    reader = _Reader(
+        source=source,
+        tokenizer=tokenizer,
+        image_size=image_size,
+        text_length=text_length,
+        prompt_only=True,
+    )
+    record = reader.read(index).record
+    return record if isinstance(record, BadRecord) else None
 
 
 def _check_rows(rows: Sequence[int], *, batch_size: int) -> None:
@@ -213,7 +239,7 @@ class _Reader:
         )
         if self.prompt_only and text.truncated:
             # Cut, a prompt would lose its end and separator, and its answer all meaning.
-            reason = f"the prompt is longer than {self.text_length} tokens (data.text_length)"
+            reason = f"the prompt is longer than {self.text_length} tokens (data.text_length, or --max_prompt_tokens)"
             return self.masked(index, BadRecord(file=record.file, line=record.line, reason=reason))
         return _Row(image=image, text=text, record=record, index=index)
 

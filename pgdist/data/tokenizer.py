@@ -6,7 +6,9 @@ pickled tokenizer carries its path alone: a loader's worker process reads the fi
 
 from __future__ import annotations
 
+import fnmatch
 import os
+import re
 from collections.abc import Sequence
 
 import sentencepiece
@@ -35,6 +37,11 @@ class Tokenizer:
         """The piece of each id, a space being U+2581; "<id 300000>" for an id beyond them."""
         known = range(self.vocab_size)
         return [self._processor.id_to_piece(int(i)) if int(i) in known else f"<id {int(i)}>" for i in ids]
+
+    def find(self, pattern: str) -> list[int]:
+        """The ids whose pieces match, as file names match a shell's pattern: "<loc*>" finds all locations."""
+        matches = re.compile(fnmatch.translate(pattern)).match
+        return [i for i, piece in enumerate(self.pieces(range(self.vocab_size))) if matches(piece)]
 
     @property
     def bos_id(self) -> int:

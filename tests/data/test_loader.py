@@ -89,7 +89,7 @@ def test_a_prompt_that_does_not_fit_is_a_bad_record_and_not_cut(make_source, eva
     [batch] = evaluate(make_source(4, bad={2: long}), batch_size=4, rows=range(4), prompt_only=True)
     assert batch.arrays["weight"].tolist() == [1, 1, 0, 1]
     assert [(record.line, record.reason) for record in batch.bad] == [
-        (3, f"the prompt is longer than {LENGTH} tokens (data.text_length)")
+        (3, f"the prompt is longer than {LENGTH} tokens (data.text_length, or --max_prompt_tokens)")
     ]
 
 

@@ -20,7 +20,9 @@ import pytest
 
 from tests.launch import wrong_inputs as wrong
 from tests.launch.command_server import CommandServer, Finished, environment
-from tests.launch.wrong_input_cases import ASK_DATA, CASES, TRAIN, Case
+from tests.launch.wrong_input_cases import CASES, TRAIN
+from tests.launch.wrong_inputs import Case
+from tests.launch.wrong_predict_cases import ASK, ASK_DATA
 
 Run = Callable[[str], Finished]
 
@@ -81,7 +83,9 @@ def test_a_wrong_input_is_told_and_nothing_is_changed(run, inputs, case):
     assert _snapshot(inputs) == before
 
 
-@pytest.mark.parametrize("name", ["misspelt field", "broken JSON", "NaN in weights", "image cut short"])
+@pytest.mark.parametrize(
+    "name", ["misspelt field", "broken JSON", "NaN in weights", "sampler that there is not"]
+)
 def test_a_process_of_its_own_ends_like_a_fork(inputs, name):
     case = CASES[name]
     case.spoil(inputs)
@@ -162,11 +166,24 @@ def test_records_that_cannot_be_read_leave_the_others_answered(run, inputs):
     )
     _check(Case("", 3, message), dataclasses.replace(done, out=""))
     answers = done.out.splitlines()
-    rows = _read_jsonl(inputs / "answers.jsonl")
+    rows = _read_jsonl(inputs / "new.jsonl")
     assert [row["index"] for row in rows] == list(range(wrong.EXAMPLES))
     assert [row["index"] for row in rows if row["prediction"] is None] == [2, 4]
     assert answers == [(row["prediction"] or "").replace("\n", "\\n") for row in rows]
-    assert sorted(path.name for path in inputs.glob("answers*")) == ["answers.jsonl"]
+    assert sorted(path.name for path in inputs.glob("new*")) == ["new.jsonl", "new.jsonl.job.json"]
+
+
+def test_images_that_cannot_be_read_leave_the_others_answered(run, inputs):
+    wrong.bad_images(inputs)
+    done = run(ASK + " --images 0.png cut.jpg bomb.png 1.png")
+    message = (
+        r"2 input\(s\) could not be read and have no answer:\n"
+        r"  --images: image 'cut.jpg': cannot be decoded, truncated or damaged: .*\n"
+        r"  --images: image 'bomb.png': too large: "
+    )
+    _check(Case("", 3, message), dataclasses.replace(done, out=""))
+    answered = [row["prediction"] is not None for row in _read_jsonl(inputs / "new.jsonl")]
+    assert answered == [True, False, False, True]
 
 
 def _read_jsonl(path: Path) -> list[dict]:

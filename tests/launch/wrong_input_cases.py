@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 
 from tests.launch import wrong_inputs as wrong
+from tests.launch.wrong_inputs import Case
+from tests.launch.wrong_predict_cases import PREDICT, SAMPLING
 
 TRAIN = "train --config=config.py --workdir=new"
 AGAIN = "train --config=config.py --workdir=run"
-ASK = "predict --workdir=run --prompt='caption en' --out=answers.jsonl"
-ASK_DATA = "predict --workdir=run --data=train.jsonl --out=answers.jsonl"
 JOB = TRAIN + " --coordinator=localhost:1234"
 COMPILE = "train --config=config.py --compile_only"
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A command line, what its inputs suffer before, its exit code, and what it must say (a regex)."""
-
-    command: str
-    code: int
-    message: str
-    spoil: wrong.Spoil = lambda folder: None
-
 
 COMMAND_LINE = {
     "no config": Case("train --workdir=new", 2, r"--config must be given"),
@@ -96,6 +84,14 @@ COMMAND_LINE = {
 
 COMPILE_ONLY = {
     "compile without a config": Case("train --compile_only", 2, r"--config must be given"),
+    "decoding to compile without a config": Case(
+        "predict --compile_only", 2, r"give --workdir=RUN or --config=FILE.py"
+    ),
+    "topology for decoding without compile_only": Case(
+        "predict --config=config.py --topology=v5e:4x4",
+        2,
+        r"--topology, --slices and --dump are for --compile_only",
+    ),
     "topology without compile_only": Case(
         TRAIN + " --topology=v5e:4x4", 2, r"--topology, --slices and --dump are for --compile_only"
     ),
@@ -416,93 +412,4 @@ WEIGHTS = {
     ),
 }
 
-PREDICT = {
-    "nothing to predict with": Case(
-        "predict --prompt=x --images 0.png", 2, r"give --workdir=RUN .* or --config=FILE.py"
-    ),
-    "both workdir and config": Case(
-        ASK + " --config=config.py --images 0.png", 2, r"give --workdir=RUN .*not both"
-    ),
-    "nothing to answer": Case(
-        "predict --workdir=run", 2, r"give what to answer: --data=FILE.jsonl, or --images"
-    ),
-    "no images": Case("predict --workdir=run --prompt=x", 2, r"give what to answer: .*--images a.jpg b.png"),
-    "no prompt": Case("predict --workdir=run --images 0.png", 2, r"--images needs --prompt, such as"),
-    "data and images": Case(ASK_DATA + " --prompt=x --images 0.png", 2, r"give what to answer: .*not both"),
-    "empty batch": Case(
-        ASK + " --batch_size=0 --images 0.png", 2, r"--batch_size=0: 0 is not a positive integer"
-    ),
-    "workdir that does not exist": Case(
-        "predict --workdir=new --prompt=x --images 0.png",
-        2,
-        r"--workdir=new: expected the folder of a training run",
-    ),
-    "workdir that is no run": Case(
-        "predict --workdir=. --prompt=x --images 0.png",
-        2,
-        r"--workdir=.: expected .* found no config.json in it. Name one",
-    ),
-    "run with a damaged config": Case(
-        ASK + " --images 0.png",
-        2,
-        r"run/config.json: expected a run's config as JSON",
-        wrong.cut_short("run/config.json"),
-    ),
-    "run that has not finished": Case(
-        ASK + " --images 0.png",
-        3,
-        r"run/model.npz: no such file: the run has not finished.* or give --weights=",
-        wrong.missing("run/model.npz"),
-    ),
-    "config that names no weights": Case(
-        "predict --config=config.py --config.init= --prompt=x --images 0.png",
-        2,
-        r"config.init names no weights .*--weights=",
-    ),
-    "config of an unknown preset": Case(
-        "predict --config=config.py --config.model.preset=tinny --prompt=x --images 0.png",
-        2,
-        r"Did you mean tiny\?",
-    ),
-    "weights to predict with missing": Case(
-        ASK + " --weights=no.npz --images 0.png", 3, r"no.npz: no such file"
-    ),
-    "weights to predict with are none": Case(
-        ASK + " --weights=train.jsonl --images 0.png", 3, r"train.jsonl: not a readable npz"
-    ),
-    "images missing": Case(
-        ASK + " --images no.png 0.png nor.png", 3, r"--images: no such file: no.png, nor.png"
-    ),
-    "image cut short": Case(
-        ASK + " --images 0.png cut.jpg", 3, r"Image 1 \(cut.jpg\): .*truncated or damaged", wrong.bad_images
-    ),
-    "empty image": Case(
-        ASK + " --images empty.png", 3, r"Image 0 \(empty.png\): the file is empty", wrong.bad_images
-    ),
-    "image bomb": Case(ASK + " --images bomb.png", 3, r"Image 0 \(bomb.png\): too large: ", wrong.bad_images),
-    "data missing": Case(
-        "predict --workdir=run --data=no.jsonl --out=answers.jsonl",
-        3,
-        r"/no.jsonl: expected a JSONL file, found nothing",
-    ),
-    "empty data": Case(
-        ASK_DATA, 3, r"/train.jsonl: expected one JSON object a line", wrong.content("train.jsonl", "")
-    ),
-    "out in a missing folder": Case(
-        "predict --workdir=run --data=train.jsonl --out=no/a.jsonl",
-        2,
-        r"--out=no/a.jsonl: there is no folder /.*/no; make it",
-    ),
-    "out is a folder": Case(
-        "predict --workdir=run --data=train.jsonl --out=run",
-        2,
-        r"--out=run: expected a file to write, found a folder",
-    ),
-    "out is the data": Case(
-        "predict --workdir=run --data=train.jsonl --out=run/../train.jsonl",
-        2,
-        r"is an input too, .*; name another file",
-    ),
-}
-
-CASES = COMMAND_LINE | COMPILE_ONLY | CONFIG | DATA | WEIGHTS | PREDICT
+CASES = COMMAND_LINE | COMPILE_ONLY | CONFIG | DATA | WEIGHTS | PREDICT | SAMPLING

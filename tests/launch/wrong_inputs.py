@@ -7,6 +7,7 @@ thing in it wrong, or returns a function that does.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -31,6 +32,17 @@ Spoil = Callable[[Path], None]
 
 TOKENIZER = Path(__file__).parents[2] / "assets" / "tiny_tokenizer.model"
 EXAMPLES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A command line, what its inputs suffer before, its exit code, and what it must say (a regex)."""
+
+    command: str
+    code: int
+    message: str
+    spoil: Spoil = lambda folder: None
+
 
 CONFIG = """
 from pgdist.config import default_config
