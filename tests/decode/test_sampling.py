@@ -239,3 +239,12 @@ def test_tokens_are_allowed_and_not_banned(method):
 def test_what_makes_no_sense_is_refused(choice, message):
     with pytest.raises(ConfigError, match=message):
         Sampling(**choice)
+
+
+@pytest.mark.parametrize("choice", [{"allowed": (3, VOCABULARY)}, {"banned": (VOCABULARY,)}], ids=str)
+def test_ids_that_are_no_tokens_of_the_model_are_refused(choice):
+    table = random_table(vocabulary=VOCABULARY, seed=1)
+    with pytest.raises(
+        ConfigError, match="token id 12 is allowed or banned, but the model's 12 tokens end with 11"
+    ):
+        decode_table(table, PROMPTS, Sampling(**choice), max_new_tokens=2)
