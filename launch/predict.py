@@ -125,7 +125,7 @@ def _compile(devices: Sequence[jax.Device] | None) -> CompiledDecoding:
         raise ConfigError("give --workdir=RUN or --config=FILE.py; not both")
     from pgdist import plan
     from pgdist.config import check_values
-    from pgdist.inference import open_tokenizer, read_run_config
+    from pgdist.inference import read_run_config
 
     config = _CONFIG.value or read_run_config(_WORKDIR.value)
     check_values(config)
@@ -134,7 +134,7 @@ def _compile(devices: Sequence[jax.Device] | None) -> CompiledDecoding:
         batch_size=_BATCH_SIZE.value or config.batch_size,
         prompt_tokens=config.data.text_length,
         max_new_tokens=_MAX_NEW_TOKENS.value or config.eval.max_new_tokens,
-        sampling=sampling_flags.make_sampling(config, lambda: open_tokenizer(config)),
+        sampling=sampling_flags.make_sampling(config, tokenizer=None),
         devices=devices,
     )
 
@@ -189,7 +189,7 @@ def _make_request(config: ConfigDict, images: Sequence[str]) -> Request:
         weights=weights,
         tokenizer=tokenizer,
         source=source,
-        sampling=Sampling() if choices else sampling_flags.make_sampling(config, lambda: tokenizer),
+        sampling=Sampling() if choices else sampling_flags.make_sampling(config, tokenizer=tokenizer),
         choices=choices,
         max_new_tokens=_MAX_NEW_TOKENS.value or config.eval.max_new_tokens,
         max_prompt_tokens=_MAX_PROMPT_TOKENS.value,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -50,17 +50,20 @@ _FIELDS = {  # of `Sampling`
 _ALL = (*_FIELDS.values(), _ALLOW, _BAN)
 
 
-def make_sampling(config: ConfigDict, open_tokenizer: Callable[[], Tokenizer]) -> Sampling:
+def make_sampling(config: ConfigDict, *, tokenizer: Tokenizer | None) -> Sampling:
     """What the flags say; where there is no --sampler, they change what evaluation does (config.eval).
 
-    open_tokenizer: called where a flag names tokens.
-
-    Raises ConfigError, with the flags, where that makes no sense or leaves no token.
+    tokenizer: None where nothing is to be answered.  Raises ConfigError, with the flags, where they make no sense or
+    leave no token.
     """
     from pgdist.config import evaluation_sampling
     from pgdist.decode.sampling import Sampling
 
-    allowed, banned = _find_allowed_and_banned(open_tokenizer()) if _ALLOW.value or _BAN.value else ((), ())
+    allowed, banned = (_find_tokens(flag, tokenizer) for flag in (_ALLOW, _BAN))
+    if banned:
+        choosable = {*allowed, tokenizer.eos_id} if allowed else set(range(tokenizer.vocab_size))
+        if choosable <= set(banned):
+            raise ConfigError("--allow and --ban leave no token to choose.")
     start = Sampling() if _SAMPLER.present else evaluation_sampling(config)
     fields = {name: flag.value for name, flag in _FIELDS.items() if flag.value is not None}
     try:
@@ -80,15 +83,9 @@ def given() -> list[str]:
     return [f"--{flag.name}" for flag in _ALL if flag.present]
 
 
-def _find_allowed_and_banned(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    allowed, banned = _find_tokens(_ALLOW, tokenizer), _find_tokens(_BAN, tokenizer)
-    choosable = {*allowed, tokenizer.eos_id} if allowed else set(range(tokenizer.vocab_size))
-    if choosable <= set(banned):
-        raise ConfigError("--allow and --ban leave no token to choose.")
-    return allowed, banned
-
-
-def _find_tokens(flag: flags.FlagHolder[Sequence[str]], tokenizer: Tokenizer) -> tuple[int, ...]:
+def _find_tokens(flag: flags.FlagHolder[Sequence[str]], tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    if flag.value and tokenizer is None:
+        raise ConfigError(f"--{flag.name} is about answers, of which --compile_only makes none")
     found: set[int] = set()
     for pattern in flag.value:
         if not (ids := tokenizer.find(pattern)):

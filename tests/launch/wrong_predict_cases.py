@@ -116,7 +116,7 @@ SAMPLING = {
         ASK_DATA + " --sampler=sample --top_p=2", 2, r"--top_p=2.0: top_p=2.0: expected a probability above 0"
     ),
     "no temperature": Case(
-        ASK_DATA + " --sampler=sample --temperature=0", 2, r"--temperature=0.0: .*for none, choose greedy"
+        ASK_DATA + " --sampler=sample --temperature=0", 2, r"--temperature=0.0: .*for 0, choose greedy"
     ),
     "temperature of the greedy sampler": Case(
         ASK_DATA + " --temperature=0.5", 2, r"--temperature=0.5: temperature, .* are for the sampler sample"
@@ -136,6 +136,11 @@ SAMPLING = {
         ASK_DATA + " --allow='<lok*>'",
         2,
         r"--allow=<lok\*>: expected a pattern of tokens, .*none of the 1344 is",
+    ),
+    "tokens for a program": Case(
+        "predict --config=config.py --compile_only --ban='<seg*>'",
+        2,
+        r"--ban is about answers, of which --co",
     ),
     "all tokens banned": Case(ASK_DATA + " --ban='*'", 2, r"--allow and --ban leave no token to choose"),
     "log-probabilities for nobody": Case(
