@@ -32,6 +32,11 @@ def prompt_ids(tokenizer: Tokenizer, prefix: str) -> list[int]:
     return [tokenizer.bos_id, *tokenizer.encode(prefix), *tokenizer.encode("\n")]
 
 
+def answer_ids(tokenizer: Tokenizer, suffix: str) -> list[int]:
+    """`suffix [EOS]`, all that is learned."""
+    return [*tokenizer.encode(suffix), tokenizer.eos_id]
+
+
 def prompt_bucket(longest: int, *, limit: int) -> int:
     """What a batch of prompts is padded to, whose longest has so many tokens: 16, 32, 64 and so on, or `limit`.
 
@@ -47,7 +52,7 @@ def encode_example(tokenizer: Tokenizer, *, prefix: str, suffix: str | None, len
     suffix=None makes a prompt for decoding: `[BOS] prefix "\\n"` without EOS, mask_ar and mask_loss all 0.
     """
     head = prompt_ids(tokenizer, prefix)
-    tail = [] if suffix is None else [*tokenizer.encode(suffix), tokenizer.eos_id]
+    tail = [] if suffix is None else answer_ids(tokenizer, suffix)
     end = min(length, len(head) + len(tail))
     start = min(length, len(head))
 

@@ -191,9 +191,13 @@ def allow(how: Sampling, logits: jax.Array, *, eos_id: int) -> jax.Array:
 
 
 def allowed_tokens(how: Sampling, vocabulary: int, *, eos_id: int) -> jax.Array | None:
-    """Which tokens may be chosen, bool[V]; None for all."""
+    """Which tokens may be chosen, bool[V]; None for all.  Raises ConfigError for ids that are no tokens."""
     if not (how.allowed or how.banned):
         return None
+    if (largest := max((*how.allowed, *how.banned))) >= vocabulary:
+        raise ConfigError(
+            f"token id {largest} is allowed or banned, but the model's {vocabulary} tokens end with {vocabulary - 1}."
+        )
     is_allowed = jnp.full(vocabulary, not how.allowed)
     if how.allowed:
         is_allowed = is_allowed.at[jnp.array((*how.allowed, eos_id))].set(True)

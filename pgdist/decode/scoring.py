@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
+from pgdist.data.text import answer_ids
 from pgdist.data.tokenizer import Tokenizer
 from pgdist.decode.decoder import Answer, Batch, Decoder
 from pgdist.decode.generation import make_decoder
@@ -116,7 +117,7 @@ def score_batches(
     def tokens_of(index: int) -> np.ndarray:
         tokens = np.full((most_answers, decoder.max_new_tokens), NOTHING, np.int32)
         for row, text in zip(tokens, answers(index) if index >= 0 else (), strict=False):
-            ids = _encode(tokenizer, text)
+            ids = answer_ids(tokenizer, text)
             row[: len(ids)] = ids
         return tokens
 
@@ -135,13 +136,8 @@ def score_batches(
 
 def longest_answer(tokenizer: Tokenizer, answers: Iterable[str]) -> int:
     """Tokens of the longest, its end counted in, rounded up: `max_new_tokens` of a decoder that scores them."""
-    longest = max(len(_encode(tokenizer, text)) for text in answers)
+    longest = max(len(answer_ids(tokenizer, text)) for text in answers)
     return -(-longest // _ANSWER_BUCKET) * _ANSWER_BUCKET
-
-
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of an answer as training has them."""
-    return [*tokenizer.encode(text), tokenizer.eos_id]
 
 
 def _scored(text: str, answer: Answer) -> AnswerScore:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pgdist.decode.logits import Logits
 from pgdist.mesh import AXES
 from pgdist.models.attention import softcap
-from pgdist.models.gemma import SplitMlp, unstack
+from pgdist.models.gemma import SplitMlp
 from pgdist.models.paligemma import DecodingState, PaliGemma, normalize_image
 from pgdist.parameters import map_named
 from pgdist.train import vocabulary
@@ -79,9 +79,6 @@ class SplitSteps:
         self._axis = None if self._split[_EMBEDDING] is None else FSDP
         self._dtype = {"img": model.config.image.dtype, "llm": model.config.text.dtype}
         self._params = map_named(self._prepare, params)
-        # Copied out of their stacks once: TPU's compiler fetches arrays of their own ahead of what needs them.
-        layers = jax.lax.optimization_barrier(unstack(params["llm"]["layers"]))
-        self._params_by_layer = {**self._params, "llm": {**self._params["llm"], "layers": layers}}
 
     def prefill(self, image, prompt, mask, *, max_new_tokens):
         # With hundreds of tokens a row, the rows are more than the weights: these come together, layer by layer.
@@ -110,7 +107,7 @@ class SplitSteps:
             )
         model = PaliGemma(dataclasses.replace(self._config, text=text), split_mlp=split)
         hidden, state = model.apply(
-            {"params": self._params_by_layer}, self._embed(token[:, None]), state, method="extend_embedded"
+            {"params": self._params}, self._embed(token[:, None]), state, method="extend_embedded"
         )
         return self._logits(hidden), state
 

@@ -306,13 +306,15 @@ class Gemma(nn.Module):
         (int[]) on.  visibility: of S to T.
 
         Layer after layer is written out: with a token a row a step is as long as it takes to read the weights, and a
-        loop would copy those of each layer, and its cache, before reading them. The parameters of the layers may also
-        come as a tuple (`unstack`).
+        loop would copy those of each layer, and its cache, before reading them.
         """
         visibility = visibility.prepared(resolve(self.config.attention, x.shape[1]))
-        layers = self.variables["params"]["layers"]
-        if not isinstance(layers, tuple):
-            layers = unstack(layers)
+        # Matrices are made arrays of their own, which in a loop over tokens happens once, before it: from their stacks
+        # TPU's compiler would not fetch them ahead. That takes the layers' memory again.
+        layers = jax.tree.map(
+            lambda param: jax.lax.optimization_barrier(param) if param.ndim > 1 else param,
+            unstack(self.variables["params"]["layers"]),
+        )
         block = Block(self.config, self.split_mlp, parent=None)
         x, extended = x.astype(self.config.dtype), []
         for params, cached in zip(layers, cache, strict=True):

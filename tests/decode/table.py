@@ -52,8 +52,8 @@ def _program(search: loop.Search):
 
 def decode_table(
     logits: np.ndarray, prompts: np.ndarray, sampling: Sampling, *, max_new_tokens: int
-) -> Sequences:
-    """Answers to int[B] prompts of one token each, as numpy arrays."""
+) -> tuple[Sequences, int]:
+    """Answers to int[B] prompts of one token each, as numpy arrays, and the number of steps."""
     batch = {
         "image": np.zeros((len(prompts), 0), np.uint8),
         "text": np.asarray(prompts, np.int32)[:, None],
@@ -65,8 +65,8 @@ def decode_table(
     search = loop.make_search(
         dataclasses.replace(sampling, seed=0), max_new_tokens=max_new_tokens, eos_id=EOS, pad_id=PAD
     )
-    found, _ = _program(search)(np.float32(logits), batch, np.uint32(sampling.seed))
-    return jax.tree.map(np.asarray, found)
+    found, steps = _program(search)(np.float32(logits), batch, np.uint32(sampling.seed))
+    return jax.tree.map(np.asarray, found), int(steps)
 
 
 def table_logprobs(logits: np.ndarray, prompts: np.ndarray, tokens: np.ndarray) -> np.ndarray:

@@ -33,7 +33,7 @@ def all_sequences(*words: int) -> np.ndarray:
 
 def beam_search(table: np.ndarray, **choice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens int[B, n, M], their log-probabilities float32[B, n, M] and scores float32[B, n]."""
-    found = decode_table(table, PROMPTS, Sampling(method="beam", **choice), max_new_tokens=NEW_TOKENS)
+    found, _ = decode_table(table, PROMPTS, Sampling(method="beam", **choice), max_new_tokens=NEW_TOKENS)
     return found.tokens, found.logprobs, found.scores
 
 
@@ -67,3 +67,14 @@ def test_more_candidates_than_answers_only_widen_the_search():
     best = beam_search(make_table(), n=2, candidates=8)
     for all_found, found in zip(wide, best, strict=True):
         np.testing.assert_array_equal(found, all_found[:, :2])
+
+
+def test_the_search_ends_when_no_open_beam_could_be_among_the_best():
+    table = np.zeros((6, 6))
+    table[:, EOS] = 8.0  # after every token the end is far likelier than any other
+    sampling = Sampling(method="beam", n=2, length_penalty=0.0)
+    found, steps = decode_table(table, PROMPTS, sampling, max_new_tokens=20)
+    # The end at once is the best answer; the second best is a word before it.
+    assert steps == 2
+    assert (found.tokens[:, 0, 0] == EOS).all() and (found.tokens[:, 1, 1] == EOS).all()
+    assert not found.tokens[:, :, 2:].any()

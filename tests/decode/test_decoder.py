@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,7 @@ import pytest
 
 from pgdist.decode import Decoded, Decoder
 from pgdist.decode.decoder import _decode
-from pgdist.mesh import batch_sharding, make_mesh, parameter_sharding, put_batch
+from pgdist.mesh import make_mesh, parameter_sharding
 from pgdist.models import PaliGemma, normalize_image
 from pgdist.parameters import flatten, map_named, unflatten
 from tests.decode.batches import EXAMPLES, NAME, Batch, examples, make_batches
@@ -146,31 +144,3 @@ def test_masters_are_narrowed_to_what_the_model_computes_in_and_norms_are_not():
 def test_no_batch_gives_no_answer():
     decoder = make_decoder(data=1, fsdp=1)
     assert list(decoder.decode_batches(varied_parameters(NAME), [])) == []
-
-
-def test_the_compiled_loop_moves_no_weights_and_no_cache_between_devices():
-    data, fsdp = 2, 4
-    decoder = make_decoder(data=data, fsdp=fsdp)
-    arrays = put_batch(
-        batches(examples())[0].arrays, sharding=batch_sharding(decoder.mesh), batch_size=BATCH_SIZE
-    )
-    arrays["index"] = arrays["index"].astype(np.int32)
-    compiled = _decode.lower(
-        decoder._program, decoder.place(varied_parameters(NAME)), arrays, np.uint32(0)
-    ).compile()
-    collectives = re.findall(
-        r"= (.+?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(.*"
-        r'op_name="([^"]*)"',
-        compiled.as_text(),
-    )
-    sizes, sizes_in_loop = [], []
-    for shapes, where in collectives:
-        found = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"\w+\[([\d,]+)\]", shapes)]
-        sizes += found
-        sizes_in_loop += found if "shard_map/while/" in where else []
-    # The answers are gathered behind the loop.
-    assert BATCH_SIZE * NEW_TOKENS in sizes
-    # In it, the rows of the `fsdp` group come together before what is split over it: their activations, no more.
-    # Every array that is split is larger than that, and so is a layer's cache.
-    group = BATCH_SIZE // data
-    assert max(sizes_in_loop) == group * decoder.model.config.text.width

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -26,7 +28,8 @@ from tests.models.small import EOS, PAD, SMALL
 from tests.multiprocess.processes import Processes
 
 SAMPLERS = {
-    "greedy": Sampling(),
+    # Banned in every part of the vocabulary; `test_decoder` bans none.
+    "greedy": Sampling(banned=tuple(range(3, SMALL[NAME].text.vocab_size, 7))),
     "sample": Sampling(method="sample", temperature=0.8, top_k=20, top_p=0.9, n=2, candidates=3, seed=7),
     "beam": Sampling(method="beam", n=2, candidates=3),
 }
@@ -45,9 +48,17 @@ def parameters() -> dict:
 
 
 def decode(
-    sampling: Sampling, *, batch_size: int = BATCH_SIZE, data: int = 1, fsdp: int = 1, padding: int = 0
+    sampling: Sampling,
+    *,
+    batch_size: int = BATCH_SIZE,
+    data: int = 1,
+    fsdp: int = 1,
+    padding: int = 0,
+    bad: Sequence[int] = (),
 ) -> list[Decoded]:
-    """From parameters that are split as in training.  padding: columns behind the prompts."""
+    """From parameters that are split as in training.  padding: columns behind the prompts.  bad: examples whose
+    records are.
+    """
     mesh = make_mesh(data=data, fsdp=fsdp, devices=jax.devices()[: data * fsdp])
     decoder = Decoder(
         model=PaliGemma(SMALL[NAME]),
@@ -64,11 +75,12 @@ def decode(
         ),
         parameters(),
     )
-    texts = {
+    arrays = examples() | {
         name: np.pad(examples()[name], ((0, 0), (0, padding))) for name in ("text", "mask_input", "mask_ar")
     }
+    arrays["weight"] = np.where(np.isin(np.arange(EXAMPLES), bad), 0, 1).astype(np.float32)
     rows = host_rows(batch_sharding(mesh), batch_size)
-    batches = make_batches(examples() | texts, batch_size=batch_size, rows=rows)
+    batches = make_batches(arrays, batch_size=batch_size, rows=rows)
     return list(decoder.decode_batches(params, batches))
 
 
@@ -91,6 +103,19 @@ def test_answers_vary_and_some_end_early(sampler):
     lengths = list(map(len, texts))
     assert min(lengths) < NEW_TOKENS == max(lengths)
     assert len(set(map(tuple, texts))) > 0.9 * len(texts)
+    assert not set(itertools.chain(*texts)) & set(SAMPLERS[sampler].banned)
+
+
+@every_sampler
+def test_bad_records_have_no_answers_and_change_no_others(sampler):
+    bad = (0, 5, 12)
+    found = decode(SAMPLERS[sampler], bad=bad)
+    assert [number for number, each in enumerate(found) if not each.valid] == list(bad)
+    expected = [
+        [index, [] if number in bad else of_example]
+        for number, (index, of_example) in enumerate(on_one_device(sampler))
+    ]
+    assert answers(found) == expected
 
 
 @every_sampler

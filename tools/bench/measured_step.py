@@ -75,14 +75,18 @@ def main() -> None:
     print(json.dumps(found), file=answers, flush=True)
 
 
+def random_leaf(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """A small array of its shape and dtype, for `jax.tree_util.tree_map_with_path`; the path is its seed."""
+    import jax
+
+    key = jax.random.key(zlib.crc32(jax.tree_util.keystr(path).encode()))
+    return 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+
+
 def _random_inputs(inputs: StepInputs, *, vocab_size: int) -> tuple[TrainState, Any, dict[str, jax.Array]]:
     """Small weights, no optimizer state yet, and texts of which all but the first token is scored."""
     import jax
     import jax.numpy as jnp
-
-    def random(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        key = jax.random.key(zlib.crc32(jax.tree_util.keystr(path).encode()))
-        return 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
 
     shapes = {name: leaf.shape for name, leaf in inputs.batch.items()}
     batch = {name: jnp.ones(leaf.shape, leaf.dtype) for name, leaf in inputs.batch.items()}
@@ -91,9 +95,9 @@ def _random_inputs(inputs: StepInputs, *, vocab_size: int) -> tuple[TrainState, 
     batch["text"] = jax.random.randint(jax.random.key(1), shapes["text"], 0, vocab_size)
     state = dataclasses.replace(
         jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), inputs.state),
-        trainable=jax.tree_util.tree_map_with_path(random, inputs.state.trainable),
+        trainable=jax.tree_util.tree_map_with_path(random_leaf, inputs.state.trainable),
     )
-    return state, jax.tree_util.tree_map_with_path(random, inputs.frozen), batch
+    return state, jax.tree_util.tree_map_with_path(random_leaf, inputs.frozen), batch
 
 
 if __name__ == "__main__":

@@ -28,6 +28,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tools.bench import table
+
 ROOT = Path(__file__).parents[2]
 ATTENTION, ALL = (("llm/layers/attn/.*", 1.0), (".*", 0.0)), ((".*", 1.0),)
 
@@ -109,7 +113,7 @@ def main() -> None:
     """Prints the table."""
     options = _options()
     task = "measure" if options.measure else "compile"
-    print(f"{'':34}" + "".join(f"{heading:>12}" for heading, *_ in _COLUMNS[task]))
+    print(table.heading(_COLUMNS[task]))
     rows = []
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -205,11 +209,7 @@ def _line(task: str, name: str, row: dict[str, Any]) -> str:
     if "error" in row:
         return f"  {name:<32}  {row['error']}"
     invalid = row.get("uncharged_kernels") or row.get("loops_of_unknown_length")
-    cells = [
-        "" if row.get(key) is None else format(row[key] * scale, form)
-        for _, key, scale, form in _COLUMNS[task]
-    ]
-    return f"{'!' if invalid else ' '} {name:<32}" + "".join(f"{cell:>12}" for cell in cells)
+    return table.line(_COLUMNS[task], f"{'!' if invalid else ' '} {name}", row)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,7 @@ import torch
 
 from pgdist.config import default_config
 from pgdist.mesh import batch_sharding, make_mesh, parameter_shardings, put_batch
-from pgdist.models import GemmaConfig, PaliGemma, PaliGemmaConfig, SiglipConfig
-from pgdist.models.presets import PRESETS
+from pgdist.models import PaliGemma, PaliGemmaConfig
 from pgdist.models.remat import REMAT_POLICIES
 from pgdist.parameters import flatten, learning_rate_scales, unflatten
 from pgdist.train.optimizer import make_optimizer, make_schedule
@@ -39,6 +38,7 @@ from pgdist.train.state import init_state, state_shardings
 from pgdist.train.step import make_train_step
 from tests.models.small import flat_shapes, random_batch, random_parameters
 from tests.parity.conversion import build_transformers
+from tools.bench.models import FOR_CPU
 
 TRAINABLE = (("llm/layers/attn/.*", 1.0), (".*", 0.0))
 TRAINED_BY_TRANSFORMERS = "language_model.layers."  # and "self_attn"
@@ -55,27 +55,10 @@ class Size:
     text_length: int
 
 
-def _like_3b(*, shrink: int, depth: int, vocab_size: int, image_size: int) -> PaliGemmaConfig:
-    """PaliGemma 3B with narrower and fewer layers; head sizes as published."""
-    text = GemmaConfig(
-        width=2048 // shrink, depth=depth, mlp_dim=16_384 // shrink, num_heads=8 // shrink, num_kv_heads=1,
-        head_dim=256, query_scale=256**-0.5, vocab_size=vocab_size,
-    )  # fmt: skip
-    image = SiglipConfig(
-        image_size=image_size, patch_size=14, width=1152 // shrink, depth=depth, num_heads=16 // shrink,
-        mlp_dim=4304 // shrink, output_dim=text.width,
-    )  # fmt: skip
-    return PaliGemmaConfig(image=image, text=text)
-
-
 SIZES = {
-    "tiny": Size(model=PRESETS["tiny"], batch=64, text_length=24),
-    "small": Size(
-        model=_like_3b(shrink=8, depth=4, vocab_size=8192, image_size=112), batch=16, text_length=64
-    ),
-    "medium": Size(
-        model=_like_3b(shrink=4, depth=6, vocab_size=32_128, image_size=224), batch=8, text_length=64
-    ),
+    "tiny": Size(model=FOR_CPU["tiny"], batch=64, text_length=24),
+    "small": Size(model=FOR_CPU["small"], batch=16, text_length=64),
+    "medium": Size(model=FOR_CPU["medium"], batch=8, text_length=64),
 }
 
 
