@@ -18,7 +18,7 @@ from pgdist.models.paligemma import DecodingState, PaliGemma, normalize_image
 from pgdist.parameters import map_named
 from pgdist.train import vocabulary
 from pgdist.train.collectives import sum_and_scatter
-from pgdist.train.gathering import gather, split_axis
+from pgdist.train.gathering import gather, split_axis, with_attention
 
 PyTree = Any
 FSDP = AXES[1]
@@ -73,6 +73,7 @@ class SplitSteps:
     ) -> None:
         """params: this device's shards."""
         self._config = model.config
+        self._reading_config = with_attention(model.config, "auto", mesh)
         self._split = {name: split_axis(sharding.spec) for name, sharding in shardings.items()}
         self._shards = mesh.shape[FSDP]
         self._table = params["llm"]["embedder"]["input_embedding"]
@@ -83,7 +84,7 @@ class SplitSteps:
     def prefill(self, image, prompt, mask, *, max_new_tokens):
         # With hundreds of tokens a row, the rows are more than the weights: these come together, layer by layer.
         model = PaliGemma(
-            self._config,
+            self._reading_config,
             image_layer_params=self._gather_layer("img/Transformer/encoderblock/"),
             text_layer_params=self._gather_layer("llm/layers/"),
         )
