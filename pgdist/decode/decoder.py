@@ -223,7 +223,8 @@ class _Program:
     ) -> PyTree:
         """function(steps, *arguments), on each device with its rows and its shards where there are several."""
         if self.mesh.size == 1:
-            return function(WholeSteps(model=self.model, params=params), *arguments)
+            platform = self.mesh.devices.flat[0].platform
+            return function(WholeSteps(self.model, params, platform=platform), *arguments)
         shardings = decoding_shardings(self.mesh, flatten(params))
 
         def on_device(params: Mapping, *arguments: Any) -> PyTree:

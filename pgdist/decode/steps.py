@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pgdist.decode.layer_weights import arrange_layers, restore_layers
 from pgdist.decode.logits import Logits
 from pgdist.mesh import AXES
 from pgdist.models.attention import softcap
@@ -43,25 +44,32 @@ class Steps(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class WholeSteps:
     """`Steps` of a model whose parameters are whole wherever they are used."""
 
-    model: PaliGemma
-    params: PyTree
+    def __init__(self, model: PaliGemma, params: PyTree, *, platform: str) -> None:
+        """platform: of the device."""
+        self._model = model
+        self._params = params
+        self._arranged = arrange_layers(params["llm"]["layers"]) if platform == "cpu" else None
 
     def prefill(self, image, prompt, mask, *, max_new_tokens):
         image = normalize_image(image)
-        return self._apply("prefill", image, prompt, mask, max_new_tokens=max_new_tokens)
+        return self._apply("prefill", self._params, image, prompt, mask, max_new_tokens=max_new_tokens)
 
     def extend(self, token, state):
-        return self._apply("extend", token, state)
+        params = self._params
+        if self._arranged is not None:
+            params = _with_layers(params, restore_layers(self._arranged))
+        return self._apply("extend", params, token, state)
 
     def any(self, flags):
         return jnp.any(flags)
 
-    def _apply(self, method: str, *arguments: Any, **more: Any) -> tuple[Logits, DecodingState]:
-        logits, state = self.model.apply({"params": self.params}, *arguments, method=method, **more)
+    def _apply(
+        self, method: str, params: PyTree, *arguments: Any, **more: Any
+    ) -> tuple[Logits, DecodingState]:
+        logits, state = self._model.apply({"params": params}, *arguments, method=method, **more)
         return Logits(part=logits), state
 
 
@@ -81,7 +89,7 @@ class SplitSteps:
         self._params = map_named(self._prepare, params)
         # Copied out of their stacks once: TPU's compiler fetches arrays of their own ahead of what needs them.
         layers = jax.lax.optimization_barrier(unstack(params["llm"]["layers"]))
-        self._params_by_layer = {**self._params, "llm": {**self._params["llm"], "layers": layers}}
+        self._params_by_layer = _with_layers(self._params, layers)
 
     def prefill(self, image, prompt, mask, *, max_new_tokens):
         # With hundreds of tokens a row, the rows are more than the weights: these come together, layer by layer.
@@ -141,6 +149,11 @@ class SplitSteps:
             return shard if axis is None else gather(shard, axis - 1, self._dtype[prefix[:3]])
 
         return lambda params: map_named(whole, params)
+
+
+def _with_layers(params: Mapping, layers: PyTree) -> Mapping:
+    """With other parameters of the decoder's layers."""
+    return {**params, "llm": {**params["llm"], "layers": layers}}
 
 
 def map_over_mesh(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pgdist.models.attention import NEVER, Visibility
-from pgdist.models.gemma import Gemma, GemmaConfig, KVCache, SplitMlp, unstack
+from pgdist.models.gemma import Gemma, GemmaConfig, KVCache, SplitMlp, heads_as_rows, unstack
 from pgdist.models.remat import LayerParams
 from pgdist.models.siglip import Siglip, SiglipConfig
 
@@ -145,9 +145,9 @@ class PaliGemma(nn.Module):
         count = jnp.sum(visible, axis=1, dtype=jnp.int32)
         # Rows are right-padded: the last real token, not the last slot, predicts the first new one.
         last = jnp.take_along_axis(hidden, (count - 1)[:, None, None], axis=1)[:, 0]
-        room = ((0, 0), (0, max_new_tokens), (0, 0), (0, 0))
+        room = ((0, 0), (0, max_new_tokens), (0, 0))
         state = DecodingState(
-            kv=jax.tree.map(lambda a: jnp.pad(a, room), unstack(kv)),
+            kv=jax.tree.map(lambda a: jnp.pad(heads_as_rows(a), room), unstack(kv)),
             visible=jnp.pad(visible, ((0, 0), (0, max_new_tokens))),
             position=count,
             slot=jnp.asarray(x.shape[1], jnp.int32),
