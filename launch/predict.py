@@ -3,6 +3,7 @@
     python -m launch.predict --workdir=runs/demo --prompt="caption en" --images a.jpg b.png
     python -m launch.predict --workdir=runs/demo --data=questions.jsonl --out=answers.jsonl
     python -m launch.predict --config=configs/demo.py --weights=a.npz --prompt="caption en" --images a.jpg
+    python -m launch.predict --config=configs/notebook.py --compile_only --topology=v5e:4x4 --dump=/tmp/generate
 
 Standard output gets the answers alone, one a line (a line break in an answer is written as \\n), in the
 order of the inputs; --out gets JSON lines with the inputs beside them, as FILE.partial until all are there.
@@ -23,14 +24,17 @@ from typing import IO, TYPE_CHECKING, Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from launch import entry, membership
+from launch import compile_only, entry, membership
 from pgdist import heartbeat
 from pgdist.errors import ConfigError, DataError, WeightsError
 
 if TYPE_CHECKING:
+    import jax
+
     from pgdist.data.jsonl import JsonlSource
     from pgdist.evaluate.runner import Prediction
     from pgdist.inference import LoadedModel
+    from pgdist.plan import CompiledDecoding
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "A run, whose config is used, and its model.npz or newest checkpoint."
@@ -61,6 +65,9 @@ _SHOWN_ERRORS = 10
 
 def main(*more_images: str) -> None:
     """Reads the flags, loads the model, answers."""
+    if compile_only.is_wanted():
+        compile_only.run(_compile)
+        return
     images = [*_IMAGES.value, *more_images]
     _check_flags(images)
     heartbeat.beat("starting")
@@ -84,6 +91,24 @@ def main(*more_images: str) -> None:
     answers = _answer_data(config, loaded, source) if source else _answer_images(config, loaded, images)
     _write(answers, stdout)
     cluster.leave()
+
+
+def _compile(devices: Sequence[jax.Device] | None) -> CompiledDecoding:
+    if bool(_WORKDIR.value) == bool(_CONFIG.value):
+        raise ConfigError("give --workdir=RUN or --config=FILE.py; not both")
+    from pgdist import plan
+    from pgdist.config import check_values
+    from pgdist.inference import read_run_config
+
+    config = _CONFIG.value or read_run_config(_WORKDIR.value)
+    check_values(config)
+    return plan.compile_decoding(
+        config,
+        batch_size=_BATCH_SIZE.value or config.batch_size,
+        prompt_tokens=config.data.text_length,
+        max_new_tokens=_MAX_NEW_TOKENS.value or config.eval.max_new_tokens,
+        devices=devices,
+    )
 
 
 def _check_flags(images: Sequence[str]) -> None:

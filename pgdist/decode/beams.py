@@ -15,9 +15,7 @@ import jax.numpy as jnp
 from pgdist.decode.logits import Logits
 from pgdist.decode.sampling import Sampling, Sequences, allow, write_column
 
-_NONE = (
-    -1e9
-)  # the score of what is no hypothesis; finite, as in transformers, so that sums with it stay ordered
+_NONE = -jnp.inf  # the score of what is no hypothesis
 
 
 @flax.struct.dataclass
@@ -78,22 +76,18 @@ class BeamSearch:
         # Only the best K may end here: the others stand by in case those do.
         may_end = ends & (jnp.arange(2 * self.width) < self.width) & beams.is_open[:, None]
         ended = _best(
-            _join(beams.ended, continued.replace(scores=scores / length + jnp.where(may_end, 0.0, _NONE))),
+            _join(beams.ended, continued.replace(scores=jnp.where(may_end, scores / length, _NONE))),
             self.width,
         )
-        open_scores, kept = jax.lax.top_k(scores + jnp.where(ends, _NONE, 0.0), self.width)
+        open_scores, kept = jax.lax.top_k(jnp.where(ends, _NONE, scores), self.width)
         still_open = _take(continued, kept).replace(scores=open_scores)
-        # Slots that hold no hypothesis are as bad as can be: any score that is possible beats them.
-        worst = jnp.min(jnp.where(ended.scores > _NONE / 2, ended.scores, _NONE), axis=1)
-        beams = Beams(
-            is_open=beams.is_open & (open_scores[:, 0] / length > worst), open=still_open, ended=ended
-        )
+        beats_worst = open_scores[:, 0] / length > ended.scores[:, -1]
+        beams = Beams(is_open=beams.is_open & beats_worst, open=still_open, ended=ended)
         return _pick(token, kept), _pick(parent, kept), beams
 
     def results(self, beams: Beams) -> Sequences:
         """The n best of each example, best first; those that were cut at the limit count as ended."""
-        found = _best(beams.ended, self.how.n)
-        return found.replace(scores=jnp.where(found.scores > _NONE / 2, found.scores, -jnp.inf))
+        return _best(beams.ended, self.how.n)
 
     def _continuations(self, logprobs: jax.Array, scores: jax.Array) -> tuple[jax.Array, ...]:
         """float32[B, K, V], float32[B, K] of the open beams -> the best 2K continuations, best first: their scores,

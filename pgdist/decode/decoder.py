@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -22,8 +23,8 @@ from pgdist.decode.placement import decoding_shardings
 from pgdist.decode.sampling import Sampling, Sequences
 from pgdist.decode.steps import ROWS, SplitSteps, Steps, WholeSteps, map_over_mesh
 from pgdist.mesh import batch_sharding, put_batch, replicated
-from pgdist.models.paligemma import DecodingState, PaliGemma, compute_dtype
-from pgdist.parameters import flatten, map_named
+from pgdist.models.paligemma import DecodingState, PaliGemma, compute_dtype, parameter_shapes
+from pgdist.parameters import flatten, map_named, unflatten
 
 PyTree = Any
 _DECODED_ARRAYS = ("image", "text", "mask_input", "mask_ar", "weight", "index")
@@ -160,6 +161,36 @@ class Decoder:
                 if int(answers["step"]) < until:
                     break
             yield from found
+
+    def parameters(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Each parameter by name, where `place` puts it and as narrow as it makes it."""
+        shapes = flatten(parameter_shapes(self.model.config))
+        shardings = decoding_shardings(self.mesh, shapes)
+        return {
+            name: jax.ShapeDtypeStruct(
+                leaf.shape, compute_dtype(self.model.config, name) or leaf.dtype, sharding=shardings[name]
+            )
+            for name, leaf in shapes.items()
+        }
+
+    def trace(self, *, prompt_tokens: int) -> jax.stages.Traced:
+        """What `decode_batches` runs for texts of so many columns, for devices that need not be here."""
+        size = self.model.config.image.image_size
+        text = ((prompt_tokens,), jnp.int32)
+        kinds = {
+            "image": ((size, size, 3), jnp.uint8),
+            "text": text,
+            "mask_input": text,
+            "mask_ar": text,
+            "weight": ((), jnp.float32),
+            "index": ((), jnp.int32),
+        }
+        rows = batch_sharding(self.mesh)
+        batch = {
+            name: jax.ShapeDtypeStruct((self.batch_size, *shape), dtype, sharding=rows)
+            for name, (shape, dtype) in kinds.items()
+        }
+        return _decode.trace(self._program, unflatten(self.parameters()), batch, self._seed)
 
     @property
     def _program(self) -> _Program:

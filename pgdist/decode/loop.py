@@ -80,9 +80,11 @@ def begin(steps: Steps, search: Search, batch: Mapping[str, jax.Array], seed: ja
         - 1,  # the last new token is never read back, so it needs no slot
     )
     found = search.start(batch["index"], batch["weight"] > 0, seed)
+    is_needed = steps.any(search.is_active(found))  # by none where no row is an example
     # All go on from the one prompt.
     token, _, found = search.choose(jnp.int32(0), logits.repeat(search.width), found)
-    return Carry(step=jnp.int32(1), token=token, found=found, state=_repeat(state, search.width))
+    state = _repeat(state, search.width)
+    return Carry(step=is_needed.astype(jnp.int32), token=token, found=found, state=state)
 
 
 def advance(steps: Steps, search: Search, carry: Carry, until: int | jax.Array) -> Carry:

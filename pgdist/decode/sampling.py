@@ -7,6 +7,7 @@ any mesh, in any batch, from any number of processes.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal, get_args
 
 import flax.struct
@@ -58,9 +59,9 @@ class Sampling:
             raise ConfigError(
                 f"{self.width} answers of the greedy sampler would all be the same: choose sample or beam."
             )
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ConfigError(
-                f"temperature={self.temperature}: expected more than 0; for none, choose greedy."
+                f"temperature={self.temperature}: expected more than 0, and finite; for 0, choose greedy."
             )
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p}: expected a probability above 0 and at most 1.")
@@ -72,6 +73,12 @@ class Sampling:
             raise ConfigError(f"temperature, top_k and top_p are for the sampler sample, not {self.method}.")
         if self.method != "beam" and self.length_penalty != 1.0:
             raise ConfigError(f"length_penalty is for the sampler beam, not {self.method}.")
+        if not math.isfinite(self.length_penalty):
+            raise ConfigError(f"length_penalty={self.length_penalty}: expected a finite number.")
+        if min((*self.allowed, *self.banned), default=0) < 0:
+            raise ConfigError(f"allowed={self.allowed}, banned={self.banned}: token ids are 0 or more.")
+        if self.allowed and set(self.allowed) <= set(self.banned):
+            raise ConfigError(f"All allowed tokens {self.allowed} are banned too: no token is left.")
 
     @property
     def width(self) -> int:

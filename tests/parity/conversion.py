@@ -14,7 +14,9 @@ import torch
 import transformers
 
 from pgdist.models import PaliGemmaConfig
+from tests.models.small import SMALL, with_text
 
+CONFIGS = SMALL | {"paligemma2-capped": with_text(SMALL["paligemma2"], final_logits_softcap=30.0)}
 _VISION, _LANGUAGE = "model.vision_tower", "model.language_model"
 
 
@@ -72,6 +74,21 @@ def transformers_config(config: PaliGemmaConfig) -> transformers.PaliGemmaConfig
         hidden_size=text.width,
         projection_dim=text.width,
     )
+
+
+def reference_inputs(
+    config: PaliGemmaConfig, image: np.ndarray, text: np.ndarray, mask_ar: np.ndarray, mask_input: np.ndarray
+) -> dict[str, torch.Tensor]:
+    """uint8[B, S, S, 3] and int32[B, T] of ours as transformers' arguments; padding may stand anywhere."""
+    prefix = ((0, 0), (config.image.num_tokens, 0))
+    arrays = {
+        "input_ids": np.pad(text, prefix, constant_values=config.text.vocab_size),
+        "attention_mask": np.pad(mask_input, prefix, constant_values=1),
+        "token_type_ids": np.pad(mask_ar, prefix),
+    }
+    inputs = {key: torch.from_numpy(array).long() for key, array in arrays.items()}
+    pixels = (image.astype(np.float32) / 127.5 - 1.0).transpose(0, 3, 1, 2)
+    return inputs | {"pixel_values": torch.from_numpy(np.ascontiguousarray(pixels))}
 
 
 def to_transformers(flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

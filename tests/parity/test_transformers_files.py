@@ -23,15 +23,16 @@ from pgdist import weights  # noqa: E402
 from pgdist.data.images import load_image  # noqa: E402
 from pgdist.data.text import encode_example  # noqa: E402
 from pgdist.data.tokenizer import Tokenizer  # noqa: E402
-from pgdist.decode.greedy import greedy_decode  # noqa: E402
 from pgdist.models import PRESETS, PaliGemma, PaliGemmaConfig, normalize_image  # noqa: E402
 from pgdist.parameters import flatten  # noqa: E402
 from pgdist.weights import boxes, transformers_config, transformers_layout  # noqa: E402
 from pgdist.weights.array_info import ArrayInfo  # noqa: E402
 from pgdist.weights.boxes import Box  # noqa: E402
 from pgdist.weights.pieces import Piece  # noqa: E402
+from tests.decode.model import decode_batch  # noqa: E402
 from tests.models.small import SMALL, random_parameters, with_image, with_text  # noqa: E402
-from tests.parity.test_transformers import make_batch, model_inputs, reference_inputs  # noqa: E402
+from tests.parity.conversion import reference_inputs  # noqa: E402
+from tests.parity.test_transformers import make_batch, model_inputs  # noqa: E402
 
 CONFIGS = SMALL | {
     "paligemma2-capped": with_text(SMALL["paligemma2"], final_logits_softcap=30.0),
@@ -392,8 +393,8 @@ def test_generate_answers_as_we_do(tiny_folder, tmp_path):
             "mask_input": ours.mask_input[None],
             "weight": np.ones(1, np.float32),
         }
-        found = greedy_decode(PaliGemma(config), params, batch, max_new_tokens=20, eos_id=1, pad_id=0)
-        expected = tokenizer.decode(np.asarray(found.tokens)[0])
+        found, _ = decode_batch(config, params, batch, eos_id=1, max_new_tokens=20)
+        expected = tokenizer.decode(found.tokens[0, 0])
         assert expected and processor.decode(answer, skip_special_tokens=True) == expected
 
 

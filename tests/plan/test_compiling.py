@@ -32,8 +32,8 @@ def on_cpu() -> plan.CompiledStep:
 
 
 def test_a_step_for_the_devices_here_tells_its_memory_and_no_time(on_cpu):
-    assert (on_cpu.devices, on_cpu.mesh) == ("8 x cpu", {"data": 2, "fsdp": 4})
-    assert 0 < on_cpu.arguments < on_cpu.memory
+    assert (on_cpu.compiled.devices, on_cpu.compiled.mesh) == ("8 x cpu", {"data": 2, "fsdp": 4})
+    assert 0 < on_cpu.compiled.arguments < on_cpu.compiled.memory
     assert on_cpu.program is None
     text = plan.describe(on_cpu)
     assert "mesh data=2 x fsdp=4, 2 examples a device" in text
@@ -47,7 +47,7 @@ def test_the_dump_has_the_program_and_the_summary(on_cpu, tmp_path):
     assert (folder / "train_step.txt").read_text().startswith("HloModule jit_step")
     summary = json.loads((folder / "train_step.json").read_text())
     assert summary == plan.as_json(on_cpu)
-    assert summary["compiled"]["memory_bytes"] == on_cpu.memory
+    assert summary["compiled"]["memory_bytes"] == on_cpu.compiled.memory
 
 
 # As libtpu 0.0.42 says it.
@@ -78,7 +78,7 @@ def test_a_step_that_does_not_fit_says_by_how_much_and_what_helps(monkeypatch, m
 @pytest.mark.slow
 def test_a_step_for_described_tpus_tells_its_time():
     step = plan.compile_train_step(tiny(), devices=plan.describe_devices("v5e:2x4"))
-    assert step.devices == "8 x TPU v5 lite"
+    assert step.compiled.devices == "8 x TPU v5 lite"
     summary = plan.as_json(step)
     compiled, estimated = summary["compiled"], summary["estimated"]
     assert compiled["cycles"] > 0 and compiled["loops_of_unknown_length"] == []

@@ -9,17 +9,15 @@ makes of it is its own affair, but it must add nothing: that is looked at in the
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
-from collections.abc import Iterator
 
 import jax
 import pytest
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from pgdist.config import default_config
 from pgdist.parts import Parts
 from pgdist.plan import hlo
+from tests.asked_collectives import Asked, collectives
 
 TRAINABLE = {
     "attention": (("llm/layers/attn/.*", 1.0), (".*", 0.0)),
@@ -78,49 +76,6 @@ EXPECTED_ONCE = {
         "psum over data, fsdp in float32": 6 + 17,  # norms and biases, all layers of one at a time
     },
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Asked:
-    """A collective in a step.  loop: the scan that it is in, None outside."""
-
-    primitive: str
-    axes: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str
-    loop: int | None
-
-    def __str__(self) -> str:
-        return f"{self.primitive} over {', '.join(self.axes)} in {self.dtype}"
-
-
-_PRIMITIVES = {
-    "all_gather": "all_gather",
-    "all_to_all": "all_to_all",
-    "ppermute": "ppermute",
-    "pmax": "pmax",
-    "psum": "psum",
-    "psum_invariant": "psum",
-    "reduce_scatter": "reduce_scatter",
-}
-
-
-def collectives(jaxpr: Jaxpr, loop: int | None = None) -> Iterator[Asked]:
-    for equation in jaxpr.eqns:
-        if kind := _PRIMITIVES.get(equation.primitive.name):
-            axes = equation.params.get("axes", equation.params.get("axis_name"))
-            for result in equation.outvars:
-                shape, dtype = result.aval.shape, result.aval.dtype.name
-                yield Asked(primitive=kind, axes=tuple(axes), shape=shape, dtype=dtype, loop=loop)
-        inside = id(equation) if equation.primitive.name == "scan" else loop
-        for inner in jaxprs_of(equation):
-            yield from collectives(inner, inside)
-
-
-def jaxprs_of(equation: JaxprEqn) -> Iterator[Jaxpr]:
-    for leaf in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr)):
-        if isinstance(leaf, ClosedJaxpr | Jaxpr):
-            yield getattr(leaf, "jaxpr", leaf)
 
 
 @functools.cache

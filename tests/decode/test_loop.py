@@ -1,37 +1,48 @@
-"""Greedy decoding against the plainest loop there is: the whole forward pass again for every token."""
+"""The loop over tokens against the plainest one there is: the whole forward pass again for every token."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
-from pgdist.decode.greedy import GreedyTokens, greedy_decode
+from pgdist.decode import Sampling
 from pgdist.models import PaliGemma, PaliGemmaConfig, normalize_image
-from tests.decode.model import cut_at, random_prompts, token_ending_one_row, varied_parameters
+from tests.decode.model import (
+    NEVER,
+    cut_at,
+    decode_batch,
+    random_prompts,
+    teacher_forced,
+    token_ending_one_row,
+    varied_parameters,
+)
 from tests.models.small import PAD, SMALL, with_text
 
-NEVER = -1  # an end-of-sequence id that no model emits
 NEW_TOKENS = 8
 PREFIXES = (3, 9, 1, 6)
 LENGTH = 12
 
 
-@functools.cache
-def _decoder():
-    return jax.jit(greedy_decode, static_argnums=0, static_argnames="max_new_tokens")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Greedy:
+    """tokens: int32[B, M].  steps: how many the longest answer took."""
+
+    tokens: np.ndarray
+    steps: int
 
 
 def _decode(
     config: PaliGemmaConfig, params, batch, *, eos_id: int, max_new_tokens: int = NEW_TOKENS
-) -> GreedyTokens:
-    found = _decoder()(
-        PaliGemma(config), params, batch, max_new_tokens=max_new_tokens, eos_id=eos_id, pad_id=PAD
-    )
-    return jax.tree.map(np.asarray, found)
+) -> Greedy:
+    found, steps = decode_batch(config, params, batch, eos_id=eos_id, max_new_tokens=max_new_tokens)
+    assert found.tokens.shape == (len(batch["text"]), 1, max_new_tokens)
+    return Greedy(tokens=found.tokens[:, 0], steps=steps)
 
 
 def _prompts(name: str) -> dict[str, np.ndarray]:
@@ -144,21 +155,46 @@ def test_in_bfloat16_the_cache_is_bfloat16_and_each_token_is_as_good_as_the_best
     image = normalize_image(jnp.asarray(batch["image"]))
     prefill = functools.partial(model.apply, max_new_tokens=NEW_TOKENS, method="prefill")
     _, state = jax.eval_shape(prefill, {"params": params}, image, batch["text"], batch["mask_input"])
-    assert state.kv.key.dtype == state.kv.value.dtype == jnp.bfloat16
+    assert {array.dtype for array in jax.tree.leaves(state.kv)} == {jnp.dtype(jnp.bfloat16)}
 
     tokens = _decode(config, params, batch, eos_id=NEVER).tokens
-    # The answers as suffixes of one forward pass: at each place, how far below the best token is the chosen
-    # one?
-    text, mask_ar, mask = (
-        np.pad(batch[key], ((0, 0), (0, NEW_TOKENS))) for key in ("text", "mask_ar", "mask_input")
-    )
-    places = batch["mask_input"].sum(axis=1)[:, None] + np.arange(NEW_TOKENS)
-    for array, values in ((text, tokens), (mask_ar, 1), (mask, 1)):
-        np.put_along_axis(array, places, values, axis=1)
-    logits = np.asarray(jax.jit(model.apply)({"params": params}, image, text, mask_ar, mask))
-    logits = np.take_along_axis(logits, places[:, :, None] - 1, axis=1)
+    # At each place, how far below the best token is the chosen one?
+    logits = teacher_forced(config, params, batch, tokens)
     chosen = np.take_along_axis(logits, tokens[:, :, None], axis=2)[:, :, 0]
     # Two roundings to bfloat16 (8 bits) of the hidden state a block, each half a unit, on both sides of the
     # comparison.
     tolerance = 2 * 2 * config.text.depth * 2.0**-9 * np.abs(logits).max()
     assert np.max(logits.max(axis=-1) - chosen) <= tolerance
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(method="sample", n=2, candidates=3, temperature=0.8, top_k=20, top_p=0.9, seed=5),
+        Sampling(method="beam", n=3, banned=(7, 8), length_penalty=0.5),
+    ],
+    ids=lambda sampling: sampling.method,
+)
+def test_logprobs_are_those_of_one_pass_over_the_whole_answer(name, sampling):
+    config, params, batch = SMALL[name], varied_parameters(name), _prompts(name)
+    decode = functools.partial(
+        decode_batch, config, params, batch, sampling=sampling, max_new_tokens=NEW_TOKENS
+    )
+    endless, _ = decode(eos_id=NEVER)
+    eos_id = int(endless.tokens[0, 0, NEW_TOKENS // 2])
+    tokens = (found := decode(eos_id=eos_id)[0]).tokens
+
+    is_end = tokens == eos_id
+    behind_end = np.cumsum(is_end, axis=-1) - is_end > 0
+    assert behind_end.any() and not is_end.any(axis=-1).all()
+    expected = np.zeros(tokens.shape)
+    for number in range(sampling.n):
+        logits = teacher_forced(config, params, batch, tokens[:, number])
+        logprobs = scipy.special.log_softmax(logits, axis=-1)
+        expected[:, number] = np.take_along_axis(logprobs, tokens[:, number, :, None], axis=-1)[..., 0]
+    expected[behind_end] = 0.0
+    np.testing.assert_allclose(found.logprobs, expected, rtol=0, atol=1e-5)
+    divisor = np.sum(~behind_end, axis=-1) ** 0.5 if sampling.method == "beam" else 1.0
+    np.testing.assert_allclose(found.scores, expected.sum(axis=-1) / divisor, rtol=0, atol=1e-5)
