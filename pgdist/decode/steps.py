@@ -47,7 +47,7 @@ class Steps(Protocol):
 class WholeSteps:
     """`Steps` of a model whose parameters are whole wherever they are used."""
 
-    def __init__(self, model: PaliGemma, params: PyTree, *, platform: str) -> None:
+    def __init__(self, *, model: PaliGemma, params: PyTree, platform: str) -> None:
         """platform: of the device."""
         self._model = model
         self._params = params

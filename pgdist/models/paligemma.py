@@ -36,7 +36,7 @@ class PaliGemmaConfig:
 class DecodingState:
     """What decoding carries from token to token.
 
-    kv: of each layer [B, S, K, H].  visible: bool[B, S], slots that hold a real token.  position: int32[B], of the
+    kv: of each layer [B * K, S, H].  visible: bool[B, S], slots that hold a real token.  position: int32[B], of the
     next token of each row.  slot: int32[], where the next token of every row is written.
     """
 
