@@ -254,8 +254,7 @@ class _Program:
     ) -> PyTree:
         """function(steps, *arguments), on each device with its rows and its shards where there are several."""
         if self.mesh.size == 1:
-            platform = self.mesh.devices.flat[0].platform
-            return function(WholeSteps(model=self.model, params=params, platform=platform), *arguments)
+            return function(WholeSteps(model=self.model, params=params), *arguments)
         shardings = decoding_shardings(self.mesh, flatten(params))
 
         def on_device(params: Mapping, *arguments: Any) -> PyTree:

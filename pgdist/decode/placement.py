@@ -3,8 +3,8 @@
 A step of decoding reads every weight once for a handful of tokens, so weights stay where they are. The MLP's hidden
 units and the vocabulary, most of a model, are split over `fsdp`: the rows of the `fsdp` group come together before
 them, and partial results are added up after. Attention is whole on every device, for few key/value heads do not
-split, and each device attends for its own rows, whose cache it holds. The image tower, which runs once a prompt, stays
-as in training and is gathered layer by layer.
+split, and each device attends for its own rows, whose cache it holds. Prompts are read as in training, the image tower
+and the MLP gathered layer by layer: hundreds of tokens a row are more than the weights.
 """
 
 from __future__ import annotations

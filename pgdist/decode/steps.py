@@ -10,16 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pgdist.decode.layer_weights import arrange_layers, restore_layers
 from pgdist.decode.logits import Logits
 from pgdist.mesh import AXES
 from pgdist.models.attention import softcap
-from pgdist.models.gemma import SplitMlp, unstack
+from pgdist.models.gemma import SplitMlp
 from pgdist.models.paligemma import DecodingState, PaliGemma, normalize_image
 from pgdist.parameters import map_named
 from pgdist.train import vocabulary
 from pgdist.train.collectives import sum_and_scatter
-from pgdist.train.gathering import gather, split_axis
+from pgdist.train.gathering import gather, split_axis, with_attention
 
 PyTree = Any
 FSDP = AXES[1]
@@ -44,32 +43,25 @@ class Steps(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WholeSteps:
     """`Steps` of a model whose parameters are whole wherever they are used."""
 
-    def __init__(self, *, model: PaliGemma, params: PyTree, platform: str) -> None:
-        """platform: of the device."""
-        self._model = model
-        self._params = params
-        self._arranged = arrange_layers(params["llm"]["layers"]) if platform == "cpu" else None
+    model: PaliGemma
+    params: PyTree
 
     def prefill(self, image, prompt, mask, *, max_new_tokens):
         image = normalize_image(image)
-        return self._apply("prefill", self._params, image, prompt, mask, max_new_tokens=max_new_tokens)
+        return self._apply("prefill", image, prompt, mask, max_new_tokens=max_new_tokens)
 
     def extend(self, token, state):
-        params = self._params
-        if self._arranged is not None:
-            params = _with_layers(params, restore_layers(self._arranged))
-        return self._apply("extend", params, token, state)
+        return self._apply("extend", token, state)
 
     def any(self, flags):
         return jnp.any(flags)
 
-    def _apply(
-        self, method: str, params: PyTree, *arguments: Any, **more: Any
-    ) -> tuple[Logits, DecodingState]:
-        logits, state = self._model.apply({"params": params}, *arguments, method=method, **more)
+    def _apply(self, method: str, *arguments: Any, **more: Any) -> tuple[Logits, DecodingState]:
+        logits, state = self.model.apply({"params": self.params}, *arguments, method=method, **more)
         return Logits(part=logits), state
 
 
@@ -81,20 +73,18 @@ class SplitSteps:
     ) -> None:
         """params: this device's shards."""
         self._config = model.config
+        self._reading_config = with_attention(model.config, "auto", mesh)
         self._split = {name: split_axis(sharding.spec) for name, sharding in shardings.items()}
         self._shards = mesh.shape[FSDP]
         self._table = params["llm"]["embedder"]["input_embedding"]
         self._axis = None if self._split[_EMBEDDING] is None else FSDP
         self._dtype = {"img": model.config.image.dtype, "llm": model.config.text.dtype}
         self._params = map_named(self._prepare, params)
-        # Copied out of their stacks once: TPU's compiler fetches arrays of their own ahead of what needs them.
-        layers = jax.lax.optimization_barrier(unstack(params["llm"]["layers"]))
-        self._params_by_layer = _with_layers(self._params, layers)
 
     def prefill(self, image, prompt, mask, *, max_new_tokens):
         # With hundreds of tokens a row, the rows are more than the weights: these come together, layer by layer.
         model = PaliGemma(
-            self._config,
+            self._reading_config,
             image_layer_params=self._gather_layer("img/Transformer/encoderblock/"),
             text_layer_params=self._gather_layer("llm/layers/"),
         )
@@ -118,7 +108,7 @@ class SplitSteps:
             )
         model = PaliGemma(dataclasses.replace(self._config, text=text), split_mlp=split)
         hidden, state = model.apply(
-            {"params": self._params_by_layer}, self._embed(token[:, None]), state, method="extend_embedded"
+            {"params": self._params}, self._embed(token[:, None]), state, method="extend_embedded"
         )
         return self._logits(hidden), state
 
@@ -149,11 +139,6 @@ class SplitSteps:
             return shard if axis is None else gather(shard, axis - 1, self._dtype[prefix[:3]])
 
         return lambda params: map_named(whole, params)
-
-
-def _with_layers(params: Mapping, layers: PyTree) -> Mapping:
-    """With other parameters of the decoder's layers."""
-    return {**params, "llm": {**params["llm"], "layers": layers}}
 
 
 def map_over_mesh(

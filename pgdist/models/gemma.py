@@ -21,6 +21,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from pgdist.models.attention import Visibility, attend, attend_cached, resolve, softcap
+from pgdist.models.layer_weights import lay_out, unstack
 from pgdist.models.remat import LayerParams, rematerialize
 
 PyTree = Any
@@ -272,12 +273,6 @@ def vocabulary_logits(hidden: jax.Array, embedding: jax.Array, cap: float) -> ja
     return softcap(logits, cap)
 
 
-def unstack(layers: PyTree) -> tuple[PyTree, ...]:
-    """A tree of arrays [L, ...] -> for each layer one of arrays [...]."""
-    depth = jax.tree.leaves(layers)[0].shape[0]
-    return tuple(jax.tree.map(lambda stack, i=i: stack[i], layers) for i in range(depth))
-
-
 class Gemma(nn.Module):
     """Embedding, scanned blocks, final norm, tied vocabulary logits."""
 
@@ -328,14 +323,10 @@ class Gemma(nn.Module):
         """As `__call__`, of tokens that go on from those of each layer's cache, in which they are written from `slot`
         (int[]) on.  visibility: of S to T.
 
-        Layer after layer is written out: with a token a row a step is as long as it takes to read the weights, and a
-        loop would copy those of each layer, and its cache, before reading them. The parameters of the layers may also
-        come as a tuple (`unstack`).
+        Layer after layer is written out: a loop would copy the weights of each, and its cache, before reading them.
         """
         visibility = visibility.prepared(resolve(self.config.attention, x.shape[1]))
-        layers = self.variables["params"]["layers"]
-        if not isinstance(layers, tuple):
-            layers = unstack(layers)
+        layers = [lay_out(layer) for layer in unstack(self.variables["params"]["layers"])]
         block = Block(self.config, self.split_mlp, parent=None)
         x, extended = x.astype(self.config.dtype), []
         for params, cached in zip(layers, cache, strict=True):

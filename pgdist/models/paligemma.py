@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from pgdist.models.attention import NEVER, Visibility
-from pgdist.models.gemma import Gemma, GemmaConfig, KVCache, SplitMlp, heads_as_rows, unstack
+from pgdist.models.gemma import Gemma, GemmaConfig, KVCache, SplitMlp, heads_as_rows
+from pgdist.models.layer_weights import unstack
 from pgdist.models.remat import LayerParams
 from pgdist.models.siglip import Siglip, SiglipConfig
 

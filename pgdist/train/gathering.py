@@ -91,7 +91,7 @@ class ShardedModel:
         self._specs = {name: sharding.spec for name, sharding in parameters.items()}
         self._split = {name: split_axis(spec) for name, spec in self._specs.items()}
         self._dtypes = {"img": model.config.image.dtype, "llm": model.config.text.dtype}
-        config = _with_attention(model.config, attention, mesh)
+        config = with_attention(model.config, attention, mesh)
         self._model = PaliGemma(config, self._layer_params("img"), self._layer_params("llm"))
 
     def loss(self, params: PyTree, batch: Mapping[str, jax.Array], **how: Any) -> BatchLoss:
@@ -173,8 +173,10 @@ class ShardedModel:
         return lambda params: map_named(bring_together, params)
 
 
-def _with_attention(config: PaliGemmaConfig, attention: str, mesh: Mesh) -> PaliGemmaConfig:
-    """The config with each tower's attention chosen.  Raises ConfigError for one that the devices cannot do."""
+def with_attention(config: PaliGemmaConfig, attention: str, mesh: Mesh) -> PaliGemmaConfig:
+    """The config with each tower's attention chosen, for code inside `jax.shard_map` over the mesh.  Raises ConfigError
+    for one that the devices cannot do.
+    """
     device = mesh.devices.flat[0]
 
     def of_tower(tower: Any, head_dim: int, logits_softcap: float) -> Any:

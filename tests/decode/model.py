@@ -44,8 +44,7 @@ def random_prompts(
 @functools.cache
 def _program(config: PaliGemmaConfig, search: loop.Search):
     def decode(params, batch, seed):
-        steps = WholeSteps(model=PaliGemma(config), params=params, platform="cpu")
-        return loop.decode(steps, search, batch, seed)
+        return loop.decode(WholeSteps(model=PaliGemma(config), params=params), search, batch, seed)
 
     return jax.jit(decode)
 

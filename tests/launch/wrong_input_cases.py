@@ -96,6 +96,14 @@ COMMAND_LINE = {
 
 COMPILE_ONLY = {
     "compile without a config": Case("train --compile_only", 2, r"--config must be given"),
+    "decoding to compile without a config": Case(
+        "predict --compile_only", 2, r"give --workdir=RUN or --config=FILE.py"
+    ),
+    "topology for decoding without compile_only": Case(
+        "predict --config=config.py --topology=v5e:4x4",
+        2,
+        r"--topology, --slices and --dump are for --compile_only",
+    ),
     "topology without compile_only": Case(
         TRAIN + " --topology=v5e:4x4", 2, r"--topology, --slices and --dump are for --compile_only"
     ),

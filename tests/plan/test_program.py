@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pgdist.chips import Chip
-from pgdist.plan import Collective, Kernel, Loop, Program, read_program
+from pgdist.plan import Collective, Kernel, Loop, Program, read_apart, read_program
 
 TEXT = (Path(__file__).parent / "small_program.txt").read_text()
 CHIP = Chip(clock=1.5e9, peak=197e12, memory=2**34, bandwidth=819e9, link=180e9)
@@ -87,3 +87,15 @@ ENTRY %main (x: f32[]) -> f32[] {
 }
 """
     assert read_program(text, CHIP) == Program(cycles=7, collectives={}, transfers=(), kernels=(), loops=())
+
+
+def test_a_loop_is_read_apart_from_the_rest_of_its_program(program):
+    rest, one_pass = read_apart(TEXT, CHIP, loop="matmul_while_gathering")
+    assert one_pass.cycles == 1000
+    assert rest.cycles == program.cycles - 5 * 1000
+    assert [loop.body for loop in rest.loops] == ["search_body"]
+    assert sum(each.count for each in program.transfers) == sum(
+        each.count for each in rest.transfers
+    ) + 5 * sum(each.count for each in one_pass.transfers)
+    with pytest.raises(LookupError, match="no loop has nothing like it"):
+        read_apart(TEXT, CHIP, loop="nothing like it")
