@@ -13,8 +13,8 @@ class Chip:
     """A kind of accelerator, as its maker gives the figures.
 
     clock: Hz, of the cycles that the compiler counts.  peak: FLOP/s in bfloat16.  memory: bytes that a program may
-    use.  bandwidth: bytes/s between the chip and that memory.  link: bytes/s that a device sends and receives over all
-    its links in a ring.
+    use, and bandwidth: bytes/s at which it reads them.  link: bytes/s that a device sends and receives over all its
+    links in a ring.
     """
 
     clock: float

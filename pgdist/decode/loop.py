@@ -115,15 +115,22 @@ def _repeat(state: DecodingState, times: int) -> DecodingState:
     """Of B rows, for B * times: each row's sequences lie side by side."""
     if times == 1:
         return state
-    return state.replace(
-        kv=jax.tree.map(lambda array: jnp.repeat(array, times, axis=0), state.kv),
-        visible=jnp.repeat(state.visible, times, axis=0),
-        position=jnp.repeat(state.position, times, axis=0),
-    )
+    row = jnp.repeat(jnp.arange(state.position.shape[0]), times)
+    return state.replace(kv=_take_rows(state, row), visible=state.visible[row], position=state.position[row])
 
 
 def _follow(state: DecodingState, parent: jax.Array) -> DecodingState:
     """The cache of the sequences that were gone on from, int32[B, C]; all else is the same for those of an example."""
     examples, width = parent.shape
     row = (parent + width * jnp.arange(examples)[:, None]).reshape(-1)
-    return state.replace(kv=jax.tree.map(lambda array: array[row], state.kv))
+    return state.replace(kv=_take_rows(state, row))
+
+
+def _take_rows(state: DecodingState, row: jax.Array) -> PyTree:
+    """The cache of the rows int32[R], each with all of its heads."""
+    rows = state.position.shape[0]
+
+    def take(array: jax.Array) -> jax.Array:
+        return array.reshape(rows, -1, *array.shape[1:])[row].reshape(-1, *array.shape[1:])
+
+    return jax.tree.map(take, state.kv)

@@ -75,6 +75,26 @@ def attend(
     return _IMPLEMENTATIONS[implementation](query, key, value, visibility, logits_softcap)
 
 
+def attend_cached(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, logits_softcap: float = 0.0
+) -> jax.Array:
+    """As `attend`, plainly, over keys and values of which each head is a row of its own, dtype[B * K, S, H].
+
+    So they are read where they lie, by one product of two matrices for each such row.  mask: bool[B, T, S].
+    """
+    batch, length, heads, size = query.shape
+    kv_heads = key.shape[0] // batch
+    query = query.reshape(batch, length, kv_heads, heads // kv_heads, size)
+    query = query.transpose(0, 2, 3, 1, 4).reshape(key.shape[0], -1, size)
+    logits = jnp.einsum("rqh,rsh->rqs", query, key, preferred_element_type=jnp.float32)
+    logits = softcap(logits, logits_softcap).reshape(batch, heads, length, -1)
+    logits = jnp.where(mask[:, None], logits, MASKED_LOGIT)
+    probs = jax.nn.softmax(logits, axis=-1).astype(query.dtype).reshape(key.shape[0], query.shape[1], -1)
+    attended = jnp.einsum("rqs,rsh->rqh", probs, value)
+    attended = attended.reshape(batch, kv_heads, heads // kv_heads, length, size)
+    return attended.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
+
+
 def resolve(implementation: str, length: int) -> str:
     """What "auto" stands for at `length` queries, of those that XLA may partition; others stand for themselves."""
     if implementation != "auto":

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
-from pgdist.models.attention import Visibility, attend, resolve, softcap
+from pgdist.models.attention import Visibility, attend, attend_cached, resolve, softcap
+from pgdist.models.layer_weights import lay_out, unstack
 from pgdist.models.remat import LayerParams, rematerialize
 
 PyTree = Any
@@ -48,10 +49,27 @@ class GemmaConfig:
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of the tokens so far, dtype[B, S, K, H], S slots for each row; [L, ...] of all layers at once."""
+    """Keys and values of the tokens so far: of a layer as decoding keeps them dtype[B * K, S, H], S slots for each row,
+    whose heads lie side by side; as a block returns them without a cache [B, T, K, H].
+    """
 
     key: jax.Array
     value: jax.Array
+
+    def written(self, key: jax.Array, value: jax.Array, slot: jax.Array) -> KVCache:
+        """With those of T more tokens, [B, T, K, H], from `slot` on."""
+
+        def write(cached: jax.Array, new: jax.Array) -> jax.Array:
+            new = heads_as_rows(new).astype(cached.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(cached, new, slot, axis=1)
+
+        return KVCache(key=write(self.key, key), value=write(self.value, value))
+
+
+def heads_as_rows(x: jax.Array) -> jax.Array:
+    """[B, T, K, H] -> [B * K, T, H]."""
+    batch, length, heads, size = x.shape
+    return x.swapaxes(1, 2).reshape(batch * heads, length, size)
 
 
 def rotate(x: jax.Array, positions: jax.Array, *, max_wavelength: float = 10_000.0) -> jax.Array:
@@ -120,23 +138,29 @@ class Attention(nn.Module):
         )
         query = rotate(query, positions) * jnp.asarray(c.query_scale, x.dtype)
         key = rotate(key, positions)
-        if cache is not None:
-            key = jax.lax.dynamic_update_slice_in_dim(cache.key, key.astype(cache.key.dtype), slot, axis=1)
-            value = jax.lax.dynamic_update_slice_in_dim(
-                cache.value, value.astype(cache.value.dtype), slot, axis=1
+        if cache is None:
+            cache = KVCache(key=key, value=value)
+            attended = attend(
+                query,
+                key,
+                value,
+                visibility,
+                logits_softcap=c.attn_logits_softcap,
+                implementation=c.attention,
             )
-        attended = attend(
-            query,
-            key.astype(x.dtype),
-            value.astype(x.dtype),
-            visibility,
-            logits_softcap=c.attn_logits_softcap,
-            implementation=c.attention,
-        )
+        else:
+            cache = cache.written(key, value, slot)
+            attended = attend_cached(
+                query,
+                cache.key.astype(x.dtype),
+                cache.value.astype(x.dtype),
+                visibility.closed_mask,
+                logits_softcap=c.attn_logits_softcap,
+            )
         out = Einsum((c.num_heads, c.head_dim, c.width), (0, 1), (2,), name="attn_vec_einsum")(
             "btnh,nhd->btd", attended
         )
-        return out, KVCache(key=key, value=value)
+        return out, cache
 
 
 @jax.custom_vjp
@@ -249,12 +273,6 @@ def vocabulary_logits(hidden: jax.Array, embedding: jax.Array, cap: float) -> ja
     return softcap(logits, cap)
 
 
-def unstack(layers: PyTree) -> tuple[PyTree, ...]:
-    """A tree of arrays [L, ...] -> for each layer one of arrays [...]."""
-    depth = jax.tree.leaves(layers)[0].shape[0]
-    return tuple(jax.tree.map(lambda stack, i=i: stack[i], layers) for i in range(depth))
-
-
 class Gemma(nn.Module):
     """Embedding, scanned blocks, final norm, tied vocabulary logits."""
 
@@ -305,16 +323,10 @@ class Gemma(nn.Module):
         """As `__call__`, of tokens that go on from those of each layer's cache, in which they are written from `slot`
         (int[]) on.  visibility: of S to T.
 
-        Layer after layer is written out: with a token a row a step is as long as it takes to read the weights, and a
-        loop would copy those of each layer, and its cache, before reading them.
+        Layer after layer is written out: a loop would copy the weights of each, and its cache, before reading them.
         """
         visibility = visibility.prepared(resolve(self.config.attention, x.shape[1]))
-        # Matrices are made arrays of their own, which in a loop over tokens happens once, before it: from their stacks
-        # TPU's compiler would not fetch them ahead. That takes the layers' memory again.
-        layers = jax.tree.map(
-            lambda param: jax.lax.optimization_barrier(param) if param.ndim > 1 else param,
-            unstack(self.variables["params"]["layers"]),
-        )
+        layers = [lay_out(layer) for layer in unstack(self.variables["params"]["layers"])]
         block = Block(self.config, self.split_mlp, parent=None)
         x, extended = x.astype(self.config.dtype), []
         for params, cached in zip(layers, cache, strict=True):

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from pgdist.models.attention import NEVER, Visibility
-from pgdist.models.gemma import Gemma, GemmaConfig, KVCache, SplitMlp, unstack
+from pgdist.models.gemma import Gemma, GemmaConfig, KVCache, SplitMlp, heads_as_rows
+from pgdist.models.layer_weights import unstack
 from pgdist.models.remat import LayerParams
 from pgdist.models.siglip import Siglip, SiglipConfig
 
@@ -36,7 +37,7 @@ class PaliGemmaConfig:
 class DecodingState:
     """What decoding carries from token to token.
 
-    kv: of each layer [B, S, K, H].  visible: bool[B, S], slots that hold a real token.  position: int32[B], of the
+    kv: of each layer [B * K, S, H].  visible: bool[B, S], slots that hold a real token.  position: int32[B], of the
     next token of each row.  slot: int32[], where the next token of every row is written.
     """
 
@@ -145,9 +146,9 @@ class PaliGemma(nn.Module):
         count = jnp.sum(visible, axis=1, dtype=jnp.int32)
         # Rows are right-padded: the last real token, not the last slot, predicts the first new one.
         last = jnp.take_along_axis(hidden, (count - 1)[:, None, None], axis=1)[:, 0]
-        room = ((0, 0), (0, max_new_tokens), (0, 0), (0, 0))
+        room = ((0, 0), (0, max_new_tokens), (0, 0))
         state = DecodingState(
-            kv=jax.tree.map(lambda a: jnp.pad(a, room), unstack(kv)),
+            kv=jax.tree.map(lambda a: jnp.pad(heads_as_rows(a), room), unstack(kv)),
             visible=jnp.pad(visible, ((0, 0), (0, max_new_tokens))),
             position=count,
             slot=jnp.asarray(x.shape[1], jnp.int32),

@@ -108,14 +108,16 @@ class Task:
         }
 
 
-def median_seconds(calls: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, float]:
+def median_seconds(
+    calls: Mapping[str, Callable[[], Any]], *, rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Of each call, made in turns, for the machine's mood changes; the first turn compiles and does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
-            started = time.perf_counter()
+            started = clock()
             call()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     return {name: statistics.median(each[1:]) for name, each in seconds.items()}
 
 

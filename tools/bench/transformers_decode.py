@@ -1,6 +1,7 @@
 """Answers beside those of transformers' `generate`: same weights, same images and prompts, greedy, as many tokens.
 
     python tools/bench/transformers_decode.py [--sizes small medium] [--batch_sizes 1 8 32] [--json=FILE]
+    taskset -c 0 python tools/bench/transformers_decode.py --cpu_seconds      on a machine that does other things too
     python tools/bench/transformers_decode.py --device=cuda --presets paligemma-3b-224
 
 Needs torch and transformers (docs/development.md). On a CPU both compute in float32 on the same cores, on a GPU in
@@ -8,8 +9,7 @@ bfloat16, in turns, in one process: transformers with its default cache and atte
 `pgdist.decode.Decoder`. Neither ends an answer early: transformers is told of no end-of-sequence token, pgdist of one
 that no vocabulary has. `tokens/s` is of whole calls, images and prompts included, `first` of calls that ask for one
 token, `ms a token` what each of the others takes; x is transformers' time over pgdist's. `same` is the share of tokens
-that agree: in float32 all, but where two are as likely to within rounding, after which a row's answers may differ. On a
-machine that does other things too, bind it to one core (`taskset -c 0`).
+that agree: in float32 all, but where two are as likely to within rounding, after which a row's answers may differ.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def main() -> None:
             task = Task(
                 batch_size=batch_size, prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens
             )
-            found = compare(config, flat, task, device=options.device, dtype=dtype, rounds=options.rounds)
+            found = compare(config, flat, task, dtype=dtype, options=options)
             rows.append({"size": name, "dtype": dtype, "cores": cores, **dataclasses.asdict(task), **found})
             print(table.line(_COLUMNS, f"{name}, batch {batch_size}", rows[-1]), flush=True)
             if dtype == "float32" and found["agreement"] < LEAST_AGREEMENT:
@@ -89,15 +90,21 @@ def main() -> None:
 
 
 def compare(
-    config: PaliGemmaConfig, flat: dict[str, np.ndarray], task: Task, *, device: str, dtype: str, rounds: int
+    config: PaliGemmaConfig,
+    flat: dict[str, np.ndarray],
+    task: Task,
+    *,
+    dtype: str,
+    options: argparse.Namespace,
 ) -> dict[str, float]:
     """The figures of one task; those of transformers begin with "theirs_"."""
-    theirs = transformers_calls(config, flat, task, device=device, dtype=dtype)
+    theirs = transformers_calls(config, flat, task, device=options.device, dtype=dtype)
     ours = pgdist_calls(config, flat, task, dtype=dtype)
     agreement = np.mean(np.array(ours["all"]()) == theirs["all"]())
     calls = {("theirs_", name): call for name, call in theirs.items()}
     calls |= {("", name): call for name, call in ours.items()}
-    seconds = median_seconds(calls, rounds=rounds)
+    clock = time.process_time if options.cpu_seconds else time.perf_counter
+    seconds = median_seconds(calls, rounds=options.rounds, clock=clock)
     found: dict[str, float] = {}
     for side in ("theirs_", ""):
         speed = task.speed({name: seconds[side, name] for name in ("first", "all")})
@@ -157,6 +164,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--presets", nargs="*", choices=PRESETS, default=[], metavar="NAME")
     found = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=found)
+    parser.add_argument(
+        "--cpu_seconds", action="store_true", help="those of all cores together, not the clock's"
+    )
     add_task_options(parser, batch_sizes=[1, 8, 32])
     options = parser.parse_args()
     if not (options.sizes or options.presets):
