@@ -133,9 +133,10 @@ def test_masters_are_narrowed_to_what_the_model_computes_in_and_norms_are_not():
     # the wide weights can be read wide. Either way the error is that of bfloat16, 8 bits a number.
     arrays = batches(examples())[0].arrays
     inputs = (normalize_image(arrays["image"]), arrays["text"], arrays["mask_ar"], arrays["mask_input"])
-    exact = decoder.model.apply({"params": params}, *inputs)
+    exact = jax.jit(decoder.model.apply)({"params": params}, *inputs)
+    in_bfloat16 = jax.jit(narrow.model.apply)
     wide, narrowed = (
-        np.max(np.abs(narrow.model.apply({"params": tree}, *inputs) - exact))
+        np.max(np.abs(in_bfloat16({"params": tree}, *inputs) - exact))
         for tree in (params, unflatten(placed))
     )
     assert narrowed <= 2 * wide

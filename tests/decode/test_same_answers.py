@@ -125,6 +125,7 @@ def test_the_batch_and_its_padding_change_no_answer(sampler, batch_size):
     assert answers(found) == on_one_device(sampler)
 
 
+@pytest.mark.slow
 @every_sampler
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (2, 4), (1, 8)])
 def test_the_mesh_changes_no_answer(sampler, data, fsdp):

@@ -107,6 +107,7 @@ def test_a_mean_of_the_microbatches_means_would_be_another_number():
     assert abs(np.mean(losses) - float(expected(ATTENTION)[0])) > 1e-3  # far above what is allowed above
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "rate", "tolerance"), [("sgd", 0.01, 1e-5), ("adamw", ADAM_RATE, ADAM_RATE / 10)]
 )
