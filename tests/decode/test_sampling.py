@@ -241,6 +241,12 @@ def test_what_makes_no_sense_is_refused(choice, message):
         Sampling(**choice)
 
 
+def test_ids_may_be_any_whole_numbers_in_any_sequence():
+    sampling = Sampling(allowed=[3, 4], banned=np.array([4]))
+    assert sampling == Sampling(allowed=(3, 4), banned=(4,))
+    decode_table(random_table(vocabulary=VOCABULARY, seed=1), PROMPTS, sampling, max_new_tokens=1)
+
+
 @pytest.mark.parametrize("choice", [{"allowed": (3, VOCABULARY)}, {"banned": (VOCABULARY,)}], ids=str)
 def test_ids_that_are_no_tokens_of_the_model_are_refused(choice):
     table = random_table(vocabulary=VOCABULARY, seed=1)
