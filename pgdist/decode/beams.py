@@ -81,8 +81,9 @@ class BeamSearch:
         )
         open_scores, kept = jax.lax.top_k(jnp.where(ends, _NONE, scores), self.width)
         still_open = _take(continued, kept).replace(scores=open_scores)
-        beats_worst = open_scores[:, 0] / length > ended.scores[:, -1]
-        beams = Beams(is_open=beams.is_open & beats_worst, open=still_open, ended=ended)
+        # Scores that are no numbers, as of a model that diverged, settle nothing: the limit makes answers of them.
+        is_settled = open_scores[:, 0] / length <= ended.scores[:, -1]
+        beams = Beams(is_open=beams.is_open & ~is_settled, open=still_open, ended=ended)
         return _pick(token, kept), _pick(parent, kept), beams
 
     def results(self, beams: Beams) -> Sequences:

@@ -167,7 +167,7 @@ class Decoder:
             yield from found
 
     def parameters(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Each parameter by name, where `place` puts it and as narrow as it makes it."""
+        """Each parameter by name, where `place` puts it, in the dtype that the model computes in."""
         shapes = flatten(parameter_shapes(self.model.config))
         shardings = decoding_shardings(self.mesh, shapes)
         return {

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import flax.struct
@@ -41,12 +43,14 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     length_penalty: float = 1.0
-    allowed: tuple[int, ...] = ()
-    banned: tuple[int, ...] = ()
+    allowed: Sequence[int] = ()
+    banned: Sequence[int] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Raises ConfigError for what makes no sense."""
+        for name in ("allowed", "banned"):  # compiled programs are kept by it, so that no part may change
+            object.__setattr__(self, name, tuple(map(operator.index, getattr(self, name))))
         if self.method not in get_args(Method):
             raise ConfigError(f"sampler {self.method!r}: expected one of {', '.join(get_args(Method))}.")
         if self.n < 1:
@@ -75,10 +79,10 @@ class Sampling:
             raise ConfigError(f"length_penalty is for the sampler beam, not {self.method}.")
         if not math.isfinite(self.length_penalty):
             raise ConfigError(f"length_penalty={self.length_penalty}: expected a finite number.")
-        if min((*self.allowed, *self.banned), default=0) < 0:
-            raise ConfigError(f"allowed={self.allowed}, banned={self.banned}: token ids are 0 or more.")
+        if (smallest := min((*self.allowed, *self.banned), default=0)) < 0:
+            raise ConfigError(f"token id {smallest} is allowed or banned: expected ids of 0 or more.")
         if self.allowed and set(self.allowed) <= set(self.banned):
-            raise ConfigError(f"All allowed tokens {self.allowed} are banned too: no token is left.")
+            raise ConfigError(f"All {len(self.allowed)} allowed tokens are banned too: none of them is left.")
 
     @property
     def width(self) -> int:

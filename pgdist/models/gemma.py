@@ -129,7 +129,7 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, KVCache]:
         """x [B, T, D], positions int[B, T], visibility of T x S -> ([B, T, D], this layer's keys and values).
 
-        Without a cache S = T. With one ([B, S, K, H]) the new keys and values are written from `slot` on.
+        Without a cache S = T. With one ([B * K, S, H]) the new keys and values are written from `slot` on.
         """
         c = self.config
         query = Einsum((c.num_heads, c.width, c.head_dim), (1,), (0, 2), name="q_einsum")("btd,ndh->btnh", x)
@@ -207,10 +207,9 @@ class GatedMlp(nn.Module):
         shape = x.shape
         # One [B*T, D] matrix: XLA's CPU backend multiplies it faster than a batch of small ones.
         x = x.reshape(-1, c.width)
-        x = self.split.gather(x) if self.split else x
         if self.split:
             # For few rows: one product, whose weights TPU's compiler fetches ahead as they lie.
-            gate, up = jnp.einsum("md,cdf->cmf", x, gating)
+            gate, up = jnp.einsum("md,cdf->cmf", self.split.gather(x), gating)
         else:
             gate, up = (_with_gradient_formed(x @ gating[i]) for i in (0, 1))
         y = (nn.gelu(gate, approximate=True) * up) @ linear
@@ -321,7 +320,7 @@ class Gemma(nn.Module):
         slot: jax.Array,
     ) -> tuple[jax.Array, tuple[KVCache, ...]]:
         """As `__call__`, of tokens that go on from those of each layer's cache, in which they are written from `slot`
-        (int[]) on.  visibility: of S to T.
+        (int[]) on.  visibility: of S keys to T queries.
 
         Layer after layer is written out: a loop would copy the weights of each, and its cache, before reading them.
         """

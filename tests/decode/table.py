@@ -26,7 +26,7 @@ class TableSteps:
 
     def prefill(self, image, prompt, mask, *, max_new_tokens):
         rows = prompt.shape[0]
-        nothing = jnp.zeros((rows, 1, 1, 1))
+        nothing = jnp.zeros((rows, 1, 1))
         state = DecodingState(
             kv=(KVCache(key=nothing, value=nothing),),
             visible=mask,

@@ -78,3 +78,9 @@ def test_the_search_ends_when_no_open_beam_could_be_among_the_best():
     assert steps == 2
     assert (found.tokens[:, 0, 0] == EOS).all() and (found.tokens[:, 1, 1] == EOS).all()
     assert not found.tokens[:, :, 2:].any()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_model_whose_logits_are_no_numbers_has_answers_too(n):
+    _, _, scores = beam_search(np.full((6, 6), np.nan), n=n)
+    assert np.isnan(scores[:, 0]).all()

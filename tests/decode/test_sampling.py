@@ -231,14 +231,20 @@ def test_tokens_are_allowed_and_not_banned(method):
         ({"method": "beam", "top_k": 5}, "temperature, top_k and top_p are for the sampler sample, not beam"),
         ({"method": "sample", "length_penalty": 2.0}, "length_penalty is for the sampler beam, not sample"),
         ({"method": "beam", "length_penalty": float("inf")}, "length_penalty=inf: expected a finite number"),
-        ({"banned": (-1,)}, r"allowed=\(\), banned=\(-1,\): token ids are 0 or more"),
-        ({"allowed": (3, 4), "banned": (4, 3)}, r"All allowed tokens \(3, 4\) are banned too"),
+        ({"banned": (-1,)}, "token id -1 is allowed or banned: expected ids of 0 or more"),
+        ({"allowed": (3, 4), "banned": (4, 3)}, "All 2 allowed tokens are banned too: none of them is left"),
     ],
     ids=str,
 )
 def test_what_makes_no_sense_is_refused(choice, message):
     with pytest.raises(ConfigError, match=message):
         Sampling(**choice)
+
+
+def test_ids_may_be_any_whole_numbers_in_any_sequence():
+    sampling = Sampling(allowed=[3, 4], banned=np.array([4]))
+    assert sampling == Sampling(allowed=(3, 4), banned=(4,))
+    decode_table(random_table(vocabulary=VOCABULARY, seed=1), PROMPTS, sampling, max_new_tokens=1)
 
 
 @pytest.mark.parametrize("choice", [{"allowed": (3, VOCABULARY)}, {"banned": (VOCABULARY,)}], ids=str)

@@ -35,12 +35,11 @@ from launch.entry import simulate_devices
 from pgdist import backend_flags
 from pgdist.chips import memory_bandwidth
 from pgdist.decode import Decoder
-from pgdist.decode.placement import decoding_shardings
+from pgdist.decode.prompts import PromptBatch
 from pgdist.mesh import make_mesh
 from pgdist.models import PaliGemma, PaliGemmaConfig
-from pgdist.models.paligemma import compute_dtype, parameter_shapes
 from pgdist.models.presets import PRESETS, preset
-from pgdist.parameters import flatten, map_named
+from pgdist.parameters import unflatten
 from tests.models.small import random_batch
 from tools.bench import table
 from tools.bench.measured_step import random_leaf
@@ -55,13 +54,6 @@ _COLUMNS = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Batch:
-    """See `pgdist.decode.decoder.Batch`."""
-
-    arrays: Mapping[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
     """What is asked for: an answer of `new_tokens` to each of `batch_size` prompts of `prompt_tokens`."""
 
@@ -69,7 +61,7 @@ class Task:
     prompt_tokens: int
     new_tokens: int
 
-    def batch(self, config: PaliGemmaConfig) -> Batch:
+    def batch(self, config: PaliGemmaConfig) -> PromptBatch:
         """Random images and prompts."""
         rows = range(self.batch_size)
         arrays = random_batch(
@@ -79,7 +71,7 @@ class Task:
             length=self.prompt_tokens,
             seed=0,
         )
-        return Batch(arrays=arrays | {"index": np.array(rows)})
+        return PromptBatch(arrays=arrays | {"index": np.array(rows)})
 
     def calls(
         self, config: PaliGemmaConfig, params: Any, mesh: Mesh
@@ -88,13 +80,7 @@ class Task:
         batch = self.batch(config)
 
         def call(new_tokens: int) -> list[list[int]]:
-            decoder = Decoder(
-                model=PaliGemma(config),
-                mesh=mesh,
-                batch_size=self.batch_size,
-                max_new_tokens=new_tokens,
-                eos_id=NEVER,
-            )
+            decoder = _make_decoder(config, mesh, batch_size=self.batch_size, new_tokens=new_tokens)
             return [each.answers[0].tokens for each in decoder.decode_batches(params, [batch])]
 
         return {"first": lambda: call(1), "all": lambda: call(self.new_tokens)}
@@ -142,16 +128,15 @@ def step_bytes(config: PaliGemmaConfig, params: Any, task: Task, *, devices: int
     return weights + task.batch_size / devices * slots * features * np.dtype(text.dtype).itemsize
 
 
+def _make_decoder(config: PaliGemmaConfig, mesh: Mesh, *, batch_size: int, new_tokens: int) -> Decoder:
+    return Decoder(
+        model=PaliGemma(config), mesh=mesh, batch_size=batch_size, max_new_tokens=new_tokens, eos_id=NEVER
+    )
+
+
 def describe_params(config: PaliGemmaConfig, mesh: Mesh) -> Any:
     """The nested tree of jax.ShapeDtypeStruct: where decoding wants parameters, in the dtypes that it computes in."""
-    shapes = parameter_shapes(config)
-    shardings = decoding_shardings(mesh, flatten(shapes))
-
-    def describe(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        dtype = compute_dtype(config, name) or leaf.dtype
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=shardings[name])
-
-    return map_named(describe, shapes)
+    return unflatten(_make_decoder(config, mesh, batch_size=mesh.size, new_tokens=1).parameters())
 
 
 def random_params(described: Any) -> Any:
