@@ -224,11 +224,16 @@ def _find_weights(config: ConfigDict) -> str:
 
 
 def _check_written(inputs: Sequence[str]) -> None:
-    from pgdist.evaluate.answers_file import check_path
+    from pgdist.evaluate.answers_file import check_path, is_plain
 
     if _OUT.value:
         check_path(_OUT.value, flag="--out", inputs=inputs)
     if _REPORT.value:
+        for flag in (_OUT, _REPORT):  # the one is read again, the other replaced
+            if not is_plain(flag.value):
+                raise ConfigError(
+                    f"--{flag.name}={flag.value}: expected a file, where a --report is wanted; found a device or a pipe"
+                )
         check_path(_REPORT.value, flag="--report", inputs=[*inputs, _OUT.value])
 
 

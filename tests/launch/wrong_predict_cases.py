@@ -152,6 +152,14 @@ SAMPLING = {
     "report in a missing folder": Case(
         ASK_DATA + " --report=no/a.html", 2, r"--report=no/a.html: there is no folder /.*/no; make it"
     ),
+    "report in place of a device": Case(
+        ASK_DATA + " --report=/dev/null", 2, r"--report=/dev/null: expected a file.*found a device or a pipe"
+    ),
+    "report of a device": Case(
+        "predict --workdir=run --data=train.jsonl --out=/dev/null --report=a.html",
+        2,
+        r"--out=/dev/null: expected a file, where a --report is wanted",
+    ),
     "report in the answers": Case(
         ASK_DATA + " --report=new.jsonl", 2, r"--report=new.jsonl: is an input too"
     ),
