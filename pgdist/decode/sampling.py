@@ -75,10 +75,10 @@ class Sampling:
             raise ConfigError(f"length_penalty is for the sampler beam, not {self.method}.")
         if not math.isfinite(self.length_penalty):
             raise ConfigError(f"length_penalty={self.length_penalty}: expected a finite number.")
-        if min((*self.allowed, *self.banned), default=0) < 0:
-            raise ConfigError(f"allowed={self.allowed}, banned={self.banned}: token ids are 0 or more.")
+        if (smallest := min((*self.allowed, *self.banned), default=0)) < 0:
+            raise ConfigError(f"allowed or banned token id {smallest}: expected 0 or more.")
         if self.allowed and set(self.allowed) <= set(self.banned):
-            raise ConfigError(f"All allowed tokens {self.allowed} are banned too: no token is left.")
+            raise ConfigError(f"All {len(self.allowed)} allowed tokens are banned too: no token is left.")
 
     @property
     def width(self) -> int:
