@@ -151,7 +151,7 @@ def _check_flags(images: Sequence[str]) -> None:
         )
     if images and _PROMPT.value is None:
         raise ConfigError("--images needs --prompt, such as --prompt='caption en'")
-    if _CHOICES.value or _CHOICES_FIELD.value:
+    if _CHOICES.present or _CHOICES_FIELD.present:
         _check_choices()
     if _LOGPROBS.value and not _OUT.value:
         raise ConfigError("--logprobs are written to --out=FILE.jsonl, which is missing")
@@ -164,13 +164,13 @@ def _check_choices() -> None:
         raise ConfigError("give --choices=A,B for all inputs, or --choices_field=NAME; not both")
     if _CHOICES_FIELD.value and not _DATA.value:
         raise ConfigError("--choices_field names a field of --data=FILE.jsonl, which is missing")
+    if not (_CHOICES_FIELD.value or _CHOICES.value):
+        raise ConfigError("--choices and --choices_field: expected texts, or a field's name, found nothing")
     if "" in _CHOICES.value:
         raise ConfigError(f"--choices={','.join(_CHOICES.value)}: one of them is empty")
     generating = sampling_flags.given() + ([f"--{_MAX_NEW_TOKENS.name}"] if _MAX_NEW_TOKENS.present else [])
     if generating:
-        raise ConfigError(
-            f"{', '.join(generating)} say how answers are written; with choices none is: leave them out"
-        )
+        raise ConfigError(f"{', '.join(generating)}: with choices no answer is written: leave this out")
 
 
 def _make_request(config: ConfigDict, images: Sequence[str]) -> Request:
@@ -224,11 +224,16 @@ def _find_weights(config: ConfigDict) -> str:
 
 
 def _check_written(inputs: Sequence[str]) -> None:
-    from pgdist.evaluate.answers_file import check_path
+    from pgdist.evaluate.answers_file import check_path, is_plain
 
     if _OUT.value:
         check_path(_OUT.value, flag="--out", inputs=inputs)
     if _REPORT.value:
+        for flag in (_OUT, _REPORT):  # the one is read again, the other replaced
+            if not is_plain(flag.value):
+                raise ConfigError(
+                    f"--{flag.name}={flag.value}: expected a file, where a --report is wanted; found a device or a pipe"
+                )
         check_path(_REPORT.value, flag="--report", inputs=[*inputs, _OUT.value])
 
 

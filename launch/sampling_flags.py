@@ -61,8 +61,7 @@ def make_sampling(config: ConfigDict, *, tokenizer: Tokenizer | None) -> Samplin
 
     allowed, banned = (_find_tokens(flag, tokenizer) for flag in (_ALLOW, _BAN))
     if banned:
-        choosable = {*allowed, tokenizer.eos_id} if allowed else set(range(tokenizer.vocab_size))
-        if choosable <= set(banned):
+        if set(allowed or range(tokenizer.vocab_size)) <= set(banned):
             raise ConfigError("--allow and --ban leave no token to choose.")
     start = Sampling() if _SAMPLER.present else evaluation_sampling(config)
     fields = {name: flag.value for name, flag in _FIELDS.items() if flag.value is not None}

@@ -39,9 +39,11 @@ def prompt_batches(
     """This process's rows of each global batch; the last is filled up with rows of weight 0 and index -1.
 
     images: their places in the list are the examples' ids.  prompts: one for all images, or one for each.
-    Raises DataError, at once, for a prompt longer than max_tokens and a number of prompts that does not fit; for an
-    image that cannot be read, when its turn comes.
+    Raises DataError, at once, for a prompt longer than max_tokens, a number of prompts that does not fit, and one
+    image that is in no list; for an image that cannot be read, when its turn comes.
     """
+    if isinstance(images, str | os.PathLike | bytes | Image.Image):
+        raise DataError(f"images: expected a list of images, found one, a {type(images).__name__}.")
     if isinstance(prompts, str):
         prompts = [prompts] * len(images)
     if len(prompts) != len(images):

@@ -23,6 +23,9 @@ from pgdist.evaluate.runner import Prediction
 
 _JOB = "answers_of"  # the field of FILE.job.json that marks it as ours
 _SHOWN_REASONS = 10
+_ROW_FIELDS = frozenset(  # what a row says itself, whether or not this one has it
+    "index image prefix suffix prediction predictions logprob token_logprobs score error".split()
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,10 +68,11 @@ class AnswersFile:
     def __init__(self, path: str, *, describe: Callable[[], Mapping[str, Any]]) -> None:
         """path: as its user calls it.  describe: gives, by name, all that decides the answers; JSON values."""
         self._name = path
-        self._path = Path(os.path.realpath(path))
+        self._is_plain = is_plain(path)
+        # A pipe, such as a shell's >(gzip), has no path of its own to resolve.
+        self._path = Path(os.path.realpath(path)) if self._is_plain else Path(path)
         self._description = self._path.with_name(self._path.name + ".job.json")
         self._describe = describe
-        self._is_plain = self._path.is_file() or not self._path.exists()
 
     def look(self) -> Progress:
         """How far the job has come; changes nothing.
@@ -185,6 +189,8 @@ def check_path(path: str, *, flag: str, inputs: Sequence[str]) -> None:
     found = Path(os.path.realpath(path))
     if found.is_dir():
         raise ConfigError(f"{flag}={path}: expected a file to write, found a folder")
+    if not is_plain(path):
+        return  # nothing is made beside it
     if not found.parent.is_dir():
         raise ConfigError(f"{flag}={path}: there is no folder {found.parent}; make it first")
     if not os.access(found.parent, os.W_OK | os.X_OK):
@@ -195,12 +201,17 @@ def check_path(path: str, *, flag: str, inputs: Sequence[str]) -> None:
         )
 
 
+def is_plain(path: str) -> bool:
+    """Whether it is a file, or will be one: no device, such as /dev/null, and no pipe."""
+    return os.path.isfile(path) or not os.path.exists(path)
+
+
 def answer_row(prediction: Prediction, *, several: bool, logprobs: bool) -> dict[str, Any]:
     """The row of an input: index, image, prefix, suffix, prediction, score, and other fields of the input's own.
 
     several: adds `predictions`, all answers, best first.  logprobs: adds `logprob` and `token_logprobs`, in nats; of
     several answers, lists of them in the order of `predictions`; None for what is not finite.  An input without an
-    answer has `error` instead.
+    answer has `error` instead. A field of the input's own with one of these names is left out.
     """
     if prediction.error is not None:
         return {"index": prediction.index, "prediction": None, "error": prediction.error}
@@ -215,7 +226,7 @@ def answer_row(prediction: Prediction, *, several: bool, logprobs: bool) -> dict
         row |= {name: values if several else values[0] for name, values in of_each.items()}
     if prediction.score is not None:
         row["score"] = prediction.score
-    return row | {name: value for name, value in prediction.extra.items() if name not in row}
+    return row | {name: value for name, value in prediction.extra.items() if name not in _ROW_FIELDS}
 
 
 def _finite(number: float) -> float | None:

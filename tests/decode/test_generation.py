@@ -113,6 +113,12 @@ def test_prompts_that_do_not_match_the_images_are_refused():
         answer(random_images(3), PROMPTS[:2])
 
 
+@pytest.mark.parametrize("image", ["missing.png", Path("missing.png"), Image.new("RGB", (8, 8))])
+def test_an_image_in_no_list_is_refused(image):
+    with pytest.raises(DataError, match="images: expected a list of images, found one, a "):
+        answer(image, PROMPTS)
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [

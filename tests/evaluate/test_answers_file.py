@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from pgdist.errors import ConfigError, DataError
-from pgdist.evaluate.answers_file import AnswersFile, answer_row
+from pgdist.evaluate.answers_file import AnswersFile, answer_row, check_path
 from pgdist.evaluate.runner import Candidate, Prediction
 
 JOB = {"inputs": "3 examples", "--seed": 0, "--allow": ("<loc*>",)}
@@ -115,6 +116,20 @@ def test_two_processes_do_not_write_it_at_once(tmp_path):
     assert finish(out).count(b"\n") == len(ROWS)
 
 
+def test_a_pipe_is_written_to():
+    reading, writing = os.pipe()
+    try:
+        path = f"/dev/fd/{writing}"  # as of a shell's >(gzip)
+        check_path(path, flag="--out", inputs=[])
+        file = answers_file(Path(path))
+        with file.open(after=file.look()) as append:
+            append(ROWS[0])
+        assert json.loads(os.read(reading, 1000)) == ROWS[0]
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
 def test_a_full_disk_is_told():
     file = answers_file(Path("/dev/full"))
     with pytest.raises(ConfigError, match="--out=/dev/full: cannot be written: No space left on device"):
@@ -122,16 +137,17 @@ def test_a_full_disk_is_told():
             append(ROWS[0])
 
 
-def test_a_field_of_the_inputs_own_replaces_nothing_and_is_no_failure(tmp_path):
+def test_a_field_of_the_inputs_own_is_never_taken_for_one_of_the_row(tmp_path):
     one = Candidate(text="a cow", logprob=-1.0, token_logprobs=[-0.5, -0.5])
     found = Prediction(
         index=0,
         prediction="a cow",
         candidates=(one,),
-        extra={"prediction": "x", "logprob": 3, "error": "of the scanner", "page": 7},
+        extra={"prediction": "x", "logprob": 3, "score": 5, "error": "of the scanner", "page": 7},
     )
     row = answer_row(found, several=False, logprobs=True)
     assert (row["prediction"], row["logprob"], row["page"]) == ("a cow", -1.0, 7)
+    assert not {"score", "error"} & row.keys()  # a report would show a failure, and count the score
 
     file = answers_file(tmp_path / "out.jsonl")
     with file.open(after=file.look()) as append:

@@ -142,6 +142,9 @@ SAMPLING = {
         2,
         r"--ban is about answers, of which --co",
     ),
+    "allowed tokens banned": Case(
+        ASK_DATA + " --allow='<loc*>' --ban='<loc*>'", 2, r"error: --allow and --ban leave no token to choose"
+    ),
     "all tokens banned": Case(ASK_DATA + " --ban='*'", 2, r"--allow and --ban leave no token to choose"),
     "log-probabilities for nobody": Case(
         "predict --workdir=run --data=train.jsonl --logprobs", 2, r"--logprobs are written to --out="
@@ -152,14 +155,23 @@ SAMPLING = {
     "report in a missing folder": Case(
         ASK_DATA + " --report=no/a.html", 2, r"--report=no/a.html: there is no folder /.*/no; make it"
     ),
+    "report in place of a device": Case(
+        ASK_DATA + " --report=/dev/null", 2, r"--report=/dev/null: expected a file.*found a device or a pipe"
+    ),
+    "report of a device": Case(
+        "predict --workdir=run --data=train.jsonl --out=/dev/null --report=a.html",
+        2,
+        r"--out=/dev/null: expected a file, where a --report is wanted",
+    ),
     "report in the answers": Case(
         ASK_DATA + " --report=new.jsonl", 2, r"--report=new.jsonl: is an input too"
     ),
     "choices for a sampler": Case(
         ASK_DATA + " --choices=yes,no --sampler=beam",
         2,
-        r"--sampler say how answers are written; with choices none is",
+        r"--sampler: with choices no answer is written: leave this out",
     ),
+    "no choice": Case(ASK_DATA + " --choices=", 2, r"--choices and --choices_field: expected texts"),
     "empty choice": Case(ASK_DATA + " --choices=yes,,no", 2, r"--choices=yes,,no: one of them is empty"),
     "choices of images in a field": Case(
         ASK + " --images 0.png --choices_field=choices", 2, r"--choices_field names a field of --data="
