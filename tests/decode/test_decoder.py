@@ -136,8 +136,7 @@ def test_masters_are_narrowed_to_what_the_model_computes_in_and_norms_are_not():
     exact = jax.jit(decoder.model.apply)({"params": params}, *inputs)
     in_bfloat16 = jax.jit(narrow.model.apply)
     wide, narrowed = (
-        np.max(np.abs(in_bfloat16({"params": tree}, *inputs) - exact))
-        for tree in (params, unflatten(placed))
+        np.max(np.abs(in_bfloat16({"params": tree}, *inputs) - exact)) for tree in (params, unflatten(placed))
     )
     assert narrowed <= 2 * wide
 
