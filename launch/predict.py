@@ -123,6 +123,8 @@ def main(*more_images: str) -> None:
 def _compile(devices: Sequence[jax.Device] | None) -> CompiledDecoding:
     if bool(_WORKDIR.value) == bool(_CONFIG.value):
         raise ConfigError("give --workdir=RUN or --config=FILE.py; not both")
+    if given := [f"--{flag.name}" for flag in (_DATA, _IMAGES, _OUT, _REPORT) if flag.present]:
+        raise ConfigError(f"{', '.join(given)}: --compile_only answers nothing; leave them out")
     from pgdist import plan
     from pgdist.config import check_values
     from pgdist.inference import read_run_config

@@ -69,7 +69,8 @@ def make_sampling(config: ConfigDict, *, tokenizer: Tokenizer | None) -> Samplin
         return dataclasses.replace(start, **fields, allowed=allowed, banned=banned)
     except ConfigError as error:
         given = [f"--{flag.name}={flag.value}" for flag in _FIELDS.values() if flag.present]
-        raise ConfigError(f"{' '.join(given)}: {error}") from error
+        default = "" if _SAMPLER.present else f" with config.eval.sampler={start.method}"
+        raise ConfigError(f"{' '.join(given)}{default}: {error}") from error
 
 
 def patterns() -> dict[str, list[str]]:

@@ -87,6 +87,11 @@ COMPILE_ONLY = {
     "decoding to compile without a config": Case(
         "predict --compile_only", 2, r"give --workdir=RUN or --config=FILE.py"
     ),
+    "answers of what is only compiled": Case(
+        "predict --config=config.py --compile_only --out=new.jsonl",
+        2,
+        r"--out: --compile_only answers nothing",
+    ),
     "topology for decoding without compile_only": Case(
         "predict --config=config.py --topology=v5e:4x4",
         2,

@@ -119,19 +119,21 @@ SAMPLING = {
         ASK_DATA + " --sampler=sample --temperature=0", 2, r"--temperature=0.0: .*for 0, choose greedy"
     ),
     "temperature of the greedy sampler": Case(
-        ASK_DATA + " --temperature=0.5", 2, r"--temperature=0.5: temperature, .* are for the sampler sample"
+        ASK_DATA + " --temperature=0.5",
+        2,
+        r"--temperature=0.5 with config.eval.sampler=greedy: temperature, .* are for the sampler sample",
     ),
     "length penalty of samples": Case(
         ASK_DATA + " --sampler=sample --length_penalty=2", 2, r"length_penalty is for the sampler beam"
     ),
     "several likeliest answers": Case(
-        ASK_DATA + " --n=2", 2, r"--n=2: 2 answers of the greedy sampler .*choose sample or beam"
+        ASK_DATA + " --n=2", 2, r"--n=2 with .*: 2 answers of the greedy sampler .*choose sample or beam"
     ),
     "more answers than candidates": Case(
         ASK_DATA + " --sampler=beam --n=3 --candidates=2", 2, r"--n=3 --candidates=2: 2 candidates for n=3"
     ),
-    "no answer": Case(ASK_DATA + " --n=0", 2, r"--n=0: n=0: expected at least one answer"),
-    "seed below zero": Case(ASK_DATA + " --seed=-1", 2, r"--seed=-1: seed=-1: expected 0 to 2\*\*32 - 1"),
+    "no answer": Case(ASK_DATA + " --n=0", 2, r"--n=0 .*: n=0: expected at least one answer"),
+    "seed below zero": Case(ASK_DATA + " --seed=-1", 2, r"--seed=-1 .*: seed=-1: expected 0 to 2\*\*32 - 1"),
     "tokens that are not there": Case(
         ASK_DATA + " --allow='<lok*>'",
         2,
