@@ -149,7 +149,7 @@ class SshJob:
 
     def output(self) -> str:
         """What the terminal has seen."""
-        return self.log.read_text(errors="replace")[-8000:]
+        return self.log.read_text(errors="replace")
 
     def until(self, look: Callable[[], object], *, seconds: float = 120) -> None:
         """Returns when `look` is true."""
